@@ -1,0 +1,314 @@
+"""Read safetensors headers, never the weights, and say exactly what is wrong with a file that is not one.
+
+A safetensors file is an 8-byte little-endian length N, N bytes of JSON, and the tensors' bytes without gaps
+(https://github.com/huggingface/safetensors#format). So a header of at most a few hundred KiB tells dtype, shape and
+place of every tensor, and whether the file is whole: most checkpoint trouble is found before a single weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, NoReturn
+
+from lowmem_flux2.errors import CheckpointBroken, CheckpointMissing
+from lowmem_flux2.planning.models import StoredDtype
+from lowmem_flux2.units import format_bytes
+
+_LENGTH_BYTES: Final = 8
+_LARGEST_HEADER_BYTES: Final = 100_000_000  # the limit of the safetensors library itself
+_DTYPE_BITS: Final[Mapping[str, int]] = {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+_STORED_DTYPES: Final[Mapping[str, StoredDtype]] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+_STEMS: Final = ("diffusion_pytorch_model", "model")
+_REDOWNLOAD: Final = "download it again"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor: dtype as safetensors spells it (``BF16``), shape, and its bytes [begin, end) of the data part."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Stored bytes."""
+        return self.end - self.begin
+
+    @property
+    def num_values(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsHeader:
+    """What one file holds. A tensor's first byte is at ``data_begin + tensor.begin`` of the file."""
+
+    path: Path
+    file_bytes: int
+    data_begin: int
+    tensors: Mapping[str, TensorInfo]
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentWeights:
+    """All files of one component (transformer, text_encoder or vae).
+
+    Attributes:
+        headers: one per shard.
+        num_weights: floating-point values (counters and packed integers are not weights).
+        tensor_bytes: bytes of all tensors.
+        dtype: the dtype that holds most bytes, as safetensors spells it.
+    """
+
+    folder: Path
+    headers: tuple[SafetensorsHeader, ...]
+    num_weights: int
+    tensor_bytes: int
+    dtype: str
+
+    @property
+    def stored_dtype(self) -> StoredDtype:
+        """The majority dtype as a `ModelSpec` names it.
+
+        Raises:
+            CheckpointBroken: the weights are stored in none of bf16, fp16 and fp32.
+        """
+        if self.dtype not in _STORED_DTYPES:
+            raise CheckpointBroken(
+                f"{self.folder}: most of its weights are stored as {self.dtype}: already quantized, it seems. "
+                "This version reads bf16, fp16 and fp32 checkpoints and quantizes them itself"
+            )
+        return _STORED_DTYPES[self.dtype]
+
+
+def read_header(path: Path) -> SafetensorsHeader:
+    """Read and check the header of one safetensors file.
+
+    Raises:
+        CheckpointMissing: there is no such file.
+        CheckpointBroken: it is something else, truncated, or inconsistent; the message says what was found.
+    """
+    try:
+        file_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(512)
+            header_bytes = int.from_bytes(start[:_LENGTH_BYTES], "little")
+            data_begin = _LENGTH_BYTES + header_bytes
+            # The JSON of every safetensors file starts with a brace; without it the "length" is another format's text.
+            if start[_LENGTH_BYTES : _LENGTH_BYTES + 1] != b"{" or header_bytes > _LARGEST_HEADER_BYTES:
+                _refuse_other_format(path, start, file_bytes, header_bytes)
+            if data_begin > file_bytes:
+                raise CheckpointBroken(
+                    f"{path} is truncated: its header alone needs {data_begin} bytes, the file has {file_bytes}: "
+                    f"{_REDOWNLOAD}"
+                )
+            file.seek(_LENGTH_BYTES)
+            text = file.read(header_bytes)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise CheckpointMissing(f"{path} does not exist or is not a file") from error
+    except OSError as error:
+        raise CheckpointBroken(f"{path} cannot be read: {error}") from error
+    tensors = _parse(path, text)
+    _check_layout(path, tensors, file_bytes - data_begin, file_bytes, data_begin)
+    return SafetensorsHeader(path, file_bytes, data_begin, MappingProxyType(tensors))
+
+
+def component_headers(folder: Path) -> tuple[SafetensorsHeader, ...]:
+    """Read the headers of all weight files of a component folder: a single file, or the shards of its index.
+
+    Raises:
+        CheckpointMissing: no folder, no weights in it, or a shard that the index names is not there.
+        CheckpointBroken: a file or the index is broken, or a shard lacks a tensor that the index puts there.
+    """
+    if not folder.is_dir():
+        raise CheckpointMissing(f"{folder} does not exist: this component has no weights here")
+    weights, is_index = _weight_file(folder)
+    if not is_index:
+        return (read_header(weights),)
+    places = _read_index(weights)
+    shards = sorted(set(places.values()))
+    absent = [shard for shard in shards if not (folder / shard).is_file()]
+    if absent:
+        raise CheckpointMissing(
+            f"{folder}: {len(absent)} of {len(shards)} shards are missing: {', '.join(absent)}; finish the download"
+        )
+    headers = {shard: read_header(folder / shard) for shard in shards}
+    for tensor, shard in places.items():
+        if tensor not in headers[shard].tensors:
+            raise CheckpointBroken(
+                f"{folder / shard} lacks the tensor {tensor!r} that {weights.name} puts there: "
+                "index and shards are of different downloads"
+            )
+    return tuple(headers[shard] for shard in shards)
+
+
+def check_component(folder: Path, accepted_weights: Collection[int] = ()) -> ComponentWeights:
+    """Sum up a component's headers and compare its number of weights with what its config implies.
+
+    Args:
+        folder: for example ``model/transformer``.
+        accepted_weights: counts that are right; empty for no comparison.
+
+    Raises:
+        CheckpointMissing, CheckpointBroken: as `component_headers`, or the count is none of the accepted ones.
+    """
+    headers = component_headers(folder)
+    held = [tensor for header in headers for tensor in header.tensors.values()]
+    if not held:
+        raise CheckpointBroken(f"{folder}: its safetensors files hold no tensors")
+    num_weights = sum(tensor.num_values for tensor in held if "F" in tensor.dtype)
+    dtype = _majority(held)
+    if accepted_weights and num_weights not in accepted_weights:
+        wanted = " or ".join(str(count) for count in sorted(accepted_weights))
+        raise CheckpointBroken(
+            f"{folder}: the files hold {num_weights} weights (mostly {dtype}), the config implies {wanted}: "
+            "config and weights are of different models, or the weights are quantized"
+        )
+    return ComponentWeights(folder, headers, num_weights, sum(tensor.num_bytes for tensor in held), dtype)
+
+
+def _majority(held: Iterable[TensorInfo]) -> str:
+    bytes_of: Counter[str] = Counter()
+    for tensor in held:
+        bytes_of[tensor.dtype] += tensor.num_bytes
+    return bytes_of.most_common(1)[0][0]
+
+
+def _weight_file(folder: Path) -> tuple[Path, bool]:
+    """The single weight file of a folder, or its shard index (and True)."""
+    for stem in _STEMS:
+        if (index := folder / f"{stem}.safetensors.index.json").is_file():
+            return index, True
+        if (single := folder / f"{stem}.safetensors").is_file():
+            return single, False
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    singles = sorted(folder.glob("*.safetensors"))
+    if len(indexes) == 1:
+        return indexes[0], True
+    if len(singles) == 1 and not indexes:
+        return singles[0], False
+    if indexes or singles:
+        names = ", ".join(path.name for path in indexes or singles)
+        raise CheckpointBroken(f"{folder}: cannot tell which files to use without an index: {names}")
+    if any(folder.glob("*.bin")):
+        raise CheckpointBroken(f"{folder}: it has pickle weights (.bin) only; this engine reads safetensors")
+    raise CheckpointMissing(f"{folder} has no .safetensors weights")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointBroken(f"{path} is not a shard index with a weight_map: {error!r}") from error
+    if not isinstance(places, dict) or not places:
+        raise CheckpointBroken(f"{path}: its weight_map is empty or not an object")
+    for shard in places.values():
+        if not isinstance(shard, str) or shard != Path(shard).name:
+            raise CheckpointBroken(f"{path}: {shard!r} in its weight_map is not the name of a file beside it")
+    return places
+
+
+def _refuse_other_format(path: Path, start: bytes, file_bytes: int, header_bytes: int) -> NoReturn:
+    text = start.lstrip().lower()
+    if file_bytes == 0:
+        found = f"is empty (0 bytes): {_REDOWNLOAD}"
+    elif file_bytes <= _LENGTH_BYTES:
+        found = f"is truncated: {file_bytes} bytes are less than a safetensors header: {_REDOWNLOAD}"
+    elif start.startswith(b"version https://git-lfs"):
+        sizes = [line.split()[1] for line in start.splitlines() if line.startswith(b"size ") and line[5:].isdigit()]
+        of = f" of a {format_bytes(int(sizes[0]))} file" if sizes else ""
+        found = f"is a git LFS pointer, not the weights themselves{of}: run `git lfs pull` in its repository"
+    elif text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        found = f"is an HTML page saved under this name (a login or error page): {_REDOWNLOAD} while logged in"
+    elif start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
+        found = "is a pickle (a torch .bin or .pt file), not safetensors: convert it, or take the safetensors release"
+    elif start.startswith(b"GGUF"):
+        found = "is a GGUF file, not safetensors: this version does not read those"
+    elif header_bytes > _LARGEST_HEADER_BYTES:
+        found = (
+            f"is not safetensors: it claims a header of {header_bytes} bytes "
+            f"(the most allowed is {_LARGEST_HEADER_BYTES}, the file has {file_bytes})"
+        )
+    else:
+        found = f"is not safetensors: its header does not start with a brace but with {start[8:24]!r}"
+    raise CheckpointBroken(f"{path} {found}")
+
+
+def _parse(path: Path, text: bytes) -> dict[str, TensorInfo]:
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointBroken(f"{path}: its header is not valid JSON: {error}") from error
+    tensors = {}
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            continue
+        tensors[name] = _tensor(f"{path}: tensor {name!r}", entry)
+    return tensors
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a name appears twice")
+    return entries
+
+
+def _tensor(where: str, entry: Any) -> TensorInfo:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointBroken(f"{where} has no dtype, shape and data_offsets: {entry!r}") from error
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
+        raise CheckpointBroken(f"{where} has the unknown dtype {dtype!r}")
+    numbers = (*shape, begin, end)
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers) or end < begin:
+        raise CheckpointBroken(f"{where} has an impossible shape or place: shape {list(shape)}, bytes {begin} to {end}")
+    info = TensorInfo(dtype, shape, begin, end)
+    needed_bits = info.num_values * _DTYPE_BITS[dtype]
+    if info.num_bytes * 8 != needed_bits:
+        raise CheckpointBroken(
+            f"{where}: {dtype} of shape {list(shape)} takes {needed_bits / 8:g} bytes, its place has {info.num_bytes}"
+        )
+    return info
+
+
+def _check_layout(
+    path: Path, tensors: Mapping[str, TensorInfo], data_bytes: int, file_bytes: int, data_begin: int
+) -> None:
+    expected_begin = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if tensor.begin != expected_begin:
+            fault = "overlaps the tensor before it" if tensor.begin < expected_begin else "leaves a gap before it"
+            raise CheckpointBroken(
+                f"{path}: tensor {name!r} at byte {tensor.begin} {fault} (expected {expected_begin})"
+            )
+        expected_begin = tensor.end
+    if expected_begin > data_bytes:
+        raise CheckpointBroken(
+            f"{path} is truncated: its header describes {data_begin + expected_begin} bytes "
+            f"({format_bytes(data_begin + expected_begin)}), the file has {file_bytes} ({format_bytes(file_bytes)}): "
+            f"{_REDOWNLOAD}"
+        )
+    if expected_begin < data_bytes:
+        raise CheckpointBroken(
+            f"{path}: {data_bytes - expected_begin} bytes follow the last tensor: the file has {file_bytes}, "
+            f"its header describes {data_begin + expected_begin}"
+        )

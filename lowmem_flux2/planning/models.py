@@ -1,0 +1,314 @@
+"""What a FLUX.2 model is, in numbers: blocks, widths and weight counts, from its config files alone.
+
+No weights are read and torch is never imported. The counts are exact: tests compare every one with the real modules of
+diffusers and transformers on torch's meta device. Sizes here are counts of *weights*; bytes come from
+`planning.formats`, which knows what a stored format costs.
+
+With hidden size ``h`` and MLP width ``m = int(mlp_ratio * h)`` (diffusers 0.42.1, ``transformer_flux2.py``)::
+
+    double-stream block   2 * (4 h^2 + 3 h m)   each stream: q, k, v, out and a gated feed-forward; 26 h^2 at ratio 3
+    single-stream block        4 h^2 + 3 h m    the same, fused into one projection in and one out; 13 h^2 at ratio 3
+
+`planning.configs` builds a `ModelSpec` from the JSON files, `planning.sources` from a MODEL argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Final, Literal
+
+BlockKind = Literal["double", "single", "layer"]
+Architecture = Literal["mistral3", "qwen3"]
+Form = Literal["dev", "klein"]
+Component = Literal["transformer", "text_encoder", "vae"]
+StoredDtype = Literal["bf16", "fp16", "fp32"]
+
+OUT_LAYERS: Final[Mapping[Architecture, tuple[int, ...]]] = {"mistral3": (10, 20, 30), "qwen3": (9, 18, 27)}
+"""Hidden states that the pipelines concatenate: entry k is the output after k layers (diffusers' pipelines/flux2)."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSpec:
+    """One block that is loaded, placed and streamed as a unit.
+
+    Attributes:
+        kind: ``double`` or ``single`` (transformer), ``layer`` (text encoder).
+        linear_weights: weights of Linear layers, which a weight format may quantize.
+        other_weights: norm scales and biases, never quantized.
+        largest_linear_weights: weights of the largest Linear: sizes the transient of a dequantizing format.
+    """
+
+    kind: BlockKind
+    linear_weights: int
+    other_weights: int
+    largest_linear_weights: int
+
+    @property
+    def total_weights(self) -> int:
+        """Linear and other weights together."""
+        return self.linear_weights + self.other_weights
+
+
+@dataclass(frozen=True, slots=True)
+class TransformerSpec:
+    """Shape of a Flux2Transformer2DModel. No Linear in it has a bias."""
+
+    num_double: int
+    num_single: int
+    num_heads: int
+    head_dim: int
+    in_channels: int
+    out_channels: int
+    joint_dim: int
+    mlp_ratio: float
+    guidance_embeds: bool
+    timestep_channels: int
+    patch_size: int = 1
+
+    @property
+    def hidden_size(self) -> int:
+        """Width h of both streams."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def mlp_size(self) -> int:
+        """Width m of the feed-forward, after the gate."""
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def double_block(self) -> BlockSpec:
+        """One double-stream block; each stream normalises q and k by head."""
+        h, m = self.hidden_size, self.mlp_size
+        return BlockSpec("double", 2 * (4 * h * h + 3 * h * m), 4 * self.head_dim, max(h * h, 2 * h * m))
+
+    @property
+    def single_block(self) -> BlockSpec:
+        """One single-stream block; its two Linears are fused ones."""
+        h, m = self.hidden_size, self.mlp_size
+        return BlockSpec("single", 4 * h * h + 3 * h * m, 2 * self.head_dim, h * (3 * h + 2 * m))
+
+    @property
+    def blocks(self) -> tuple[BlockSpec, ...]:
+        """All blocks in the order in which a step runs them: double, then single."""
+        return (self.double_block,) * self.num_double + (self.single_block,) * self.num_single
+
+    @property
+    def conditioning_weights(self) -> int:
+        """Timestep and guidance embedding, modulation, context embedder: needed once per generation, then dropped."""
+        h = self.hidden_size
+        embedders = (2 if self.guidance_embeds else 1) * (self.timestep_channels * h + h * h)
+        modulation = (6 + 6 + 3) * h * h
+        return embedders + modulation + self.joint_dim * h
+
+    @property
+    def norm_out_weights(self) -> int:
+        """norm_out's Linear, one of `remaining_non_block_weights`; like modulation it depends on the timestep alone."""
+        return 2 * self.hidden_size * self.hidden_size
+
+    @property
+    def remaining_non_block_weights(self) -> int:
+        """x_embedder, norm_out and proj_out: the modules outside the blocks that every step runs."""
+        h = self.hidden_size
+        return self.in_channels * h + self.norm_out_weights + h * self.patch_size**2 * self.out_channels
+
+    @property
+    def non_block_weights(self) -> int:
+        """Everything outside the blocks."""
+        return self.conditioning_weights + self.remaining_non_block_weights
+
+    @property
+    def total_weights(self) -> int:
+        """All weights of the transformer."""
+        return (
+            self.num_double * self.double_block.total_weights
+            + self.num_single * self.single_block.total_weights
+            + self.non_block_weights
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoderSpec:
+    """Shape of the text encoder, of which only the layers up to the last tapped one are used.
+
+    Attributes:
+        out_layers: tapped hidden states; their concatenation is the transformer's text input.
+        vision_weights: vision tower and projector of the checkpoint, in no other count here; 0 without one.
+        attention_bias: whether q, k, v and o carry biases (no released encoder has them).
+    """
+
+    architecture: Architecture
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    out_layers: tuple[int, ...]
+    tie_word_embeddings: bool
+    vision_weights: int = 0
+    attention_bias: bool = False
+
+    @property
+    def layers_used(self) -> int:
+        """Layers that must run: the deepest tapped one."""
+        return max(self.out_layers)
+
+    @property
+    def layer(self) -> BlockSpec:
+        """One decoder layer: grouped-query attention, gated feed-forward, two norms; Qwen3 also normalises q and k."""
+        h, q, kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        linear = 2 * h * q + 2 * h * kv + 3 * h * self.intermediate_size
+        other = 2 * h + (2 * self.head_dim if self.architecture == "qwen3" else 0)
+        if self.attention_bias:
+            other += q + 2 * kv + h
+        return BlockSpec("layer", linear, other, h * max(q, kv, self.intermediate_size))
+
+    @property
+    def blocks(self) -> tuple[BlockSpec, ...]:
+        """The used layers only."""
+        return (self.layer,) * self.layers_used
+
+    @property
+    def embedding_weights(self) -> int:
+        """The token embedding, of which only the prompt's rows are looked up."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def cut_weights(self) -> int:
+        """Embedding and used layers: all that encoding a prompt needs (no final norm, no lm_head)."""
+        return self.embedding_weights + self.layers_used * self.layer.total_weights
+
+    @property
+    def full_weights(self) -> int:
+        """The whole language model with final norm and lm_head (counted once where tied), without `vision_weights`."""
+        heads = 1 if self.tie_word_embeddings else 2
+        return heads * self.embedding_weights + self.num_layers * self.layer.total_weights + self.hidden_size
+
+    @property
+    def joint_dim(self) -> int:
+        """Width of the text input handed to the transformer."""
+        return self.hidden_size * len(self.out_layers)
+
+
+@dataclass(frozen=True, slots=True)
+class VaeSpec:
+    """Shape of an AutoencoderKLFlux2, whose convolutions, norms and attention all have biases.
+
+    Attributes:
+        patch_size: latents are folded in patches of this many rows and columns before the transformer.
+        decoder_block_out_channels: where the decoder's differ from ``block_out_channels`` (a small decoder).
+    """
+
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 32
+    patch_size: tuple[int, int] = (2, 2)
+    in_channels: int = 3
+    out_channels: int = 3
+    decoder_block_out_channels: tuple[int, ...] | None = None
+    mid_attention: bool = True
+    quant_conv: bool = True
+    post_quant_conv: bool = True
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent along each side: one halving between consecutive levels."""
+        return 1 << (len(self.block_out_channels) - 1)
+
+    @property
+    def packed_channels(self) -> int:
+        """Channels of a folded latent, as the transformer sees it."""
+        return prod(self.patch_size) * self.latent_channels
+
+    @property
+    def encoder_weights(self) -> int:
+        """Encoder and quant_conv: needed for reference images only."""
+        widths, moments = self.block_out_channels, 2 * self.latent_channels
+        count = _conv3(self.in_channels, widths[0]) + _mid(widths[-1], self.mid_attention)
+        for before, width in zip((widths[0], *widths), widths, strict=False):
+            count += _resnet(before, width) + (self.layers_per_block - 1) * _resnet(width, width)
+        count += sum(_conv3(width, width) for width in widths[:-1])  # downsamplers
+        count += 2 * widths[-1] + _conv3(widths[-1], moments)
+        return count + (moments * moments + moments if self.quant_conv else 0)
+
+    @property
+    def decoder_weights(self) -> int:
+        """post_quant_conv and decoder."""
+        widths = tuple(reversed(self.decoder_block_out_channels or self.block_out_channels))
+        latent = self.latent_channels
+        count = _conv3(latent, widths[0]) + _mid(widths[0], self.mid_attention)
+        for before, width in zip((widths[0], *widths), widths, strict=False):
+            count += _resnet(before, width) + self.layers_per_block * _resnet(width, width)
+        count += sum(_conv3(width, width) for width in widths[:-1])  # upsamplers
+        count += 2 * widths[-1] + _conv3(widths[-1], self.out_channels)
+        return count + (latent * latent + latent if self.post_quant_conv else 0)
+
+    @property
+    def total_weights(self) -> int:
+        """Encoder and decoder; without the batch norm's statistics (two values a packed channel and a counter)."""
+        return self.encoder_weights + self.decoder_weights
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDefaults:
+    """What a request uses where it says nothing: pixels, steps, guidance, text tokens."""
+
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    max_sequence_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A whole pipeline as the planner sees it.
+
+    Attributes:
+        form: ``dev`` (embedded guidance, Mistral) or ``klein`` (two passes for guidance, Qwen3).
+        is_distilled: klein in few steps, without guidance.
+        source: alias, folder or hub id, for messages.
+        stored_dtype: what the transformer's checkpoint stores.
+    """
+
+    name: str
+    form: Form
+    is_distilled: bool
+    source: str
+    stored_dtype: StoredDtype
+    transformer: TransformerSpec
+    text_encoder: TextEncoderSpec
+    vae: VaeSpec
+    defaults: ModelDefaults
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width must be multiples of this many pixels: a latent patch."""
+        return 2 * self.vae.spatial_factor
+
+    def stored_weights(self, component: Component) -> frozenset[int]:
+        """Return how many floating-point values the component's files may hold, in any of the usual ways to save it."""
+        if component == "transformer":
+            return frozenset({self.transformer.total_weights})
+        if component == "vae":  # the batch norm's running mean and variance are values too
+            return frozenset({self.vae.total_weights + 2 * self.vae.packed_channels})
+        full, vision = self.text_encoder.full_weights, self.text_encoder.vision_weights
+        tied_copy = self.text_encoder.embedding_weights if self.text_encoder.tie_word_embeddings else 0
+        return frozenset({full, full + vision, full + tied_copy, full + vision + tied_copy})
+
+
+def _conv3(in_channels: int, out_channels: int) -> int:
+    return 9 * in_channels * out_channels + out_channels
+
+
+def _resnet(in_channels: int, out_channels: int) -> int:
+    shortcut = in_channels * out_channels + out_channels if in_channels != out_channels else 0
+    norms = 2 * in_channels + 2 * out_channels
+    return norms + _conv3(in_channels, out_channels) + _conv3(out_channels, out_channels) + shortcut
+
+
+def _mid(width: int, attention: bool) -> int:
+    return 2 * _resnet(width, width) + (2 * width + 4 * (width * width + width) if attention else 0)

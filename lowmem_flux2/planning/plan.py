@@ -1,0 +1,259 @@
+"""The plan: which weights are where, in which format, and what that is predicted to cost. A plan is a file.
+
+Nothing here decides anything: ``planner`` makes plans, ``cost`` prices them, the executor carries them out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from lowmem_flux2.errors import PlanMismatch, UsageError
+from lowmem_flux2.planning.hardware import Hardware
+from lowmem_flux2.planning.workload import Workload
+from lowmem_flux2.units import format_bytes
+
+SCHEMA_VERSION = 1
+
+Stage = Literal["encode", "denoise", "decode"]
+Component = Literal["text_encoder", "transformer", "vae"]
+
+
+class Placement(StrEnum):
+    """Where a block's weights rest between its uses. On ``device=cpu``, ``gpu`` means resident in working memory."""
+
+    GPU = "gpu"
+    PINNED = "pinned"
+    PAGEABLE = "pageable"
+    DISK = "disk"
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """Predicted cost of one stage. Sizes in bytes, times in seconds.
+
+    ``host_bytes`` counts everything resident in RAM that is not pinned: Python and libraries, the pageable arena, and on
+    ``device=cpu`` the resident weights, slots and activations too. ``time_s`` is ``load_s + run_s``.
+    """
+
+    resident_bytes: int = 0
+    slot_bytes: int = 0
+    activation_bytes: int = 0
+    margin_bytes: int = 0
+    context_bytes: int = 0
+    host_pinned_bytes: int = 0
+    host_bytes: int = 0
+    disk_bytes: int = 0
+    h2d_bytes: int = 0
+    load_s: float = 0.0
+    run_s: float = 0.0
+    time_s: float = 0.0
+    waiting_s: float = 0.0
+    fidelity_error: float = 0.0
+    fidelity_provenance: str = ""
+    on_host: bool = False
+
+    @property
+    def peak_vram_bytes(self) -> int:
+        """Device memory of our process, CUDA context included; 0 on ``device=cpu``."""
+        if self.on_host:
+            return 0
+        return self.context_bytes + self.resident_bytes + self.slot_bytes + self.activation_bytes + self.margin_bytes
+
+    @property
+    def peak_ram_bytes(self) -> int:
+        """Anonymous + shared + pinned memory; file-backed pages (page cache) are not in it."""
+        return self.host_pinned_bytes + self.host_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """How one stage runs.
+
+    Args:
+        stage, component: encode/text_encoder, denoise/transformer, decode/vae.
+        weight_format: stored format of the component's weights (a name in ``formats.FORMATS``).
+        compute_dtype: of matmuls and activations.
+        block_placements: one per block, in the order of use; empty for the VAE, which is always resident in its stage.
+        non_block_placement: of the weights outside blocks (embedders, norms, projections).
+        prefetch_depth: blocks whose copies may be under way while one computes.
+        slots: device buffers for streamed blocks, each as large as the largest streamed block; 0 when none is streamed.
+        chunk_tokens: tokens per chunk of feed-forward and attention output; 0 for none.
+        tile_px: VAE tile side in pixels; 0 for untiled.
+        step_cache: reuse between denoising steps; "off" for none.
+        batch_size: images that one denoising pass (or prompts that one encoder pass) takes together.
+    """
+
+    stage: Stage
+    component: Component
+    weight_format: str
+    compute_dtype: str
+    block_placements: tuple[Placement, ...]
+    non_block_placement: Placement
+    prefetch_depth: int
+    slots: int
+    chunk_tokens: int
+    tile_px: int
+    step_cache: str
+    batch_size: int
+    cost: StageCost = field(default_factory=StageCost)
+    reasons: tuple[str, ...] = ()
+
+    def count(self, placement: Placement) -> int:
+        return sum(1 for placed in self.block_placements if placed is placement)
+
+    @property
+    def streamed(self) -> int:
+        return len(self.block_placements) - self.count(Placement.GPU)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The budgets a plan was made for: caps of the whole process, after reserves."""
+
+    vram_bytes: int
+    ram_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One plan for one workload on one machine; its peaks are the maxima over its stages."""
+
+    schema_version: int
+    profile: str
+    model: str
+    prefer: str
+    workload: Workload
+    hardware: Hardware
+    limits: Limits
+    stages: tuple[StagePlan, ...]
+    not_executable: tuple[str, ...] = ()
+
+    def stage(self, name: Stage) -> StagePlan:
+        return next(stage for stage in self.stages if stage.stage == name)
+
+    @property
+    def peak_vram_bytes(self) -> int:
+        return max(stage.cost.peak_vram_bytes for stage in self.stages)
+
+    @property
+    def peak_ram_bytes(self) -> int:
+        return max(stage.cost.peak_ram_bytes for stage in self.stages)
+
+    @property
+    def time_s(self) -> float:
+        return sum(stage.cost.time_s for stage in self.stages)
+
+    @property
+    def fidelity_error(self) -> float:
+        """Independent errors of the stages add in squares."""
+        return float(sum(stage.cost.fidelity_error**2 for stage in self.stages) ** 0.5)
+
+    @property
+    def digest(self) -> str:
+        """First 12 hex digits over everything that decides pixels and memory; recorded in each PNG."""
+        canonical = json.dumps(self.to_json(), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract's plan JSON; ``Plan.from_json`` reads it back, whole."""
+        plan = asdict(self)
+        for raw, stage in zip(plan["stages"], self.stages, strict=True):
+            counts = Counter(stage.block_placements)
+            raw["placements"] = {placement.value: counts[placement] for placement in Placement}
+            raw["block_placements"] = [placement.value for placement in stage.block_placements]
+            raw["cost"]["peak_vram_bytes"] = stage.cost.peak_vram_bytes
+            raw["cost"]["peak_ram_bytes"] = stage.cost.peak_ram_bytes
+        plan["predicted"] = {
+            "peak_vram_bytes": self.peak_vram_bytes,
+            "peak_ram_bytes": self.peak_ram_bytes,
+            "time_s": self.time_s,
+            "fidelity_error": self.fidelity_error,
+        }
+        return plan
+
+    @staticmethod
+    def from_json(raw: Any, source: str) -> Plan:
+        """Read back what ``to_json`` wrote.
+
+        Raises:
+            UsageError: not a plan of this schema; says which key.
+        """
+        if not isinstance(raw, dict) or "stages" not in raw:
+            raise UsageError(f"{source}: not a plan file (no 'stages'); write one with: lowmem-flux2 plan --json")
+        if raw.get("schema_version") != SCHEMA_VERSION:
+            raise UsageError(
+                f"{source}: plan schema {raw.get('schema_version')}, this version reads {SCHEMA_VERSION}; plan again"
+            )
+        kept = {key: value for key, value in raw.items() if key != "predicted"}
+        kept["stages"] = [_without_derived(stage) for stage in raw["stages"]]
+        try:
+            return _PLAN.validate_python(kept)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise UsageError(f"{source}: {where}: {first['msg']}") from None
+
+
+def _without_derived(stage: Any) -> Any:
+    if not isinstance(stage, dict):
+        return stage
+    kept = {key: value for key, value in stage.items() if key != "placements"}
+    if isinstance(kept.get("cost"), dict):
+        kept["cost"] = {k: v for k, v in kept["cost"].items() if not k.startswith("peak_")}
+    return kept
+
+
+for _noun in (StageCost, StagePlan, Limits, Plan, Workload, Hardware):
+    _noun.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+_PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan file.
+
+    Raises:
+        UsageError: missing, not JSON, or not a plan of this schema.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such plan file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UsageError(f"{path}: not a readable plan file: {error}") from None
+    return Plan.from_json(raw, str(path))
+
+
+def check_replay(plan: Plan, model: str, workload: Workload, hardware: Hardware, source: str) -> None:
+    """A replayed plan must have been made for this model, workload and hardware.
+
+    Raises:
+        PlanMismatch: lists each field that differs, plan first.
+    """
+    differences = [] if plan.model == model else [f"model: plan {plan.model}, here {model}"]
+    planned, asked = asdict(plan.workload), asdict(workload)
+    differences += [f"{key}: plan {planned[key]}, here {asked[key]}" for key in asked if planned[key] != asked[key]]
+    if plan.hardware.device != hardware.device:
+        differences.append(f"device: plan {plan.hardware.device}, here {hardware.device}")
+    for key, needed, available in (
+        ("VRAM", plan.peak_vram_bytes, hardware.vram_bytes),
+        ("RAM", plan.peak_ram_bytes, hardware.ram_bytes),
+    ):
+        if needed > available:
+            differences.append(f"{key}: plan needs {format_bytes(needed)}, here {format_bytes(available)}")
+    if differences:
+        raise PlanMismatch(f"{source} was made for something else:\n  " + "\n  ".join(differences))
+
+
+def alternate(total: int, chosen: Sequence[int], there: Placement, elsewhere: Placement) -> tuple[Placement, ...]:
+    """``total`` placements: ``there`` at the chosen indices, ``elsewhere`` at the others."""
+    marked = set(chosen)
+    return tuple(there if index in marked else elsewhere for index in range(total))

@@ -1,0 +1,156 @@
+"""What is asked for (Request) and how much work that is (Workload)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lowmem_flux2.errors import UsageError
+from lowmem_flux2.planning.models import ModelSpec
+
+Preference = Literal["quality", "balanced", "speed", "memory"]
+
+MAX_SIDE_PX = 4096
+MAX_PIXELS = 4096 * 4096
+MAX_STEPS = 1000
+MAX_IMAGES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation, with every default filled in from the resolved model.
+
+    Args:
+        prompts: one or more prompts; the images of all of them are one run.
+        negative_prompt: for the second guidance pass; None where there is no such pass.
+        width, height: pixels, multiples of the model's ``size_multiple``.
+        num_inference_steps: denoising steps.
+        guidance_scale: embedded (dev) or true classifier-free guidance (klein base).
+        num_images_per_prompt: images per prompt.
+        max_sequence_length: text tokens, padded to exactly this length.
+    """
+
+    prompts: tuple[str, ...]
+    negative_prompt: str | None
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    num_images_per_prompt: int
+    max_sequence_length: int
+
+    @property
+    def num_images(self) -> int:
+        return len(self.prompts) * self.num_images_per_prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The size of a request: all that cost depends on.
+
+    ``image_tokens`` is (height / 16) x (width / 16) for FLUX.2; ``guidance_passes`` is 2 where the model is not
+    distilled, has no embedded guidance and guidance_scale > 1.
+    """
+
+    width: int
+    height: int
+    image_tokens: int
+    text_tokens: int
+    reference_tokens: int
+    steps: int
+    num_prompts: int
+    num_images: int
+    guidance_passes: int
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Tokens of one image's joint sequence in the transformer."""
+        return self.text_tokens + self.reference_tokens + self.image_tokens
+
+
+def guidance_passes(model: ModelSpec, guidance_scale: float) -> int:
+    """2 for true classifier-free guidance, else 1 (Flux2KleinPipeline.do_classifier_free_guidance; dev embeds it)."""
+    true_guidance = model.form == "klein" and not model.is_distilled and guidance_scale > 1.0
+    return 2 if true_guidance else 1
+
+
+def workload_of(request: Request, model: ModelSpec) -> Workload:
+    multiple = model.size_multiple
+    return Workload(
+        width=request.width,
+        height=request.height,
+        image_tokens=(request.height // multiple) * (request.width // multiple),
+        text_tokens=request.max_sequence_length,
+        reference_tokens=0,
+        steps=request.num_inference_steps,
+        num_prompts=len(request.prompts),
+        num_images=request.num_images,
+        guidance_passes=guidance_passes(model, request.guidance_scale),
+    )
+
+
+def _checked_side(name: str, value: int, multiple: int) -> None:
+    if value <= 0:
+        raise UsageError(f"{name} must be at least {multiple} px, not {value}")
+    if value > MAX_SIDE_PX:
+        raise UsageError(f"{name} {value} px is too large: at most {MAX_SIDE_PX} px a side")
+    if value % multiple:
+        below, above = value // multiple * multiple, (value // multiple + 1) * multiple
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise UsageError(f"{name} {value} px is not a multiple of {multiple}: the nearest valid ones are {nearest}")
+
+
+def make_request(
+    model: ModelSpec,
+    prompts: tuple[str, ...],
+    *,
+    negative_prompt: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    num_images_per_prompt: int = 1,
+    max_sequence_length: int | None = None,
+) -> Request:
+    """Fill in the model's defaults and check everything that can be checked before any heavy work.
+
+    Raises:
+        UsageError: an empty prompt, an impossible size, count or length, or an option the model cannot honour.
+    """
+    defaults = model.defaults
+    width = defaults.width if width is None else width
+    height = defaults.height if height is None else height
+    steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
+    guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
+    length = defaults.max_sequence_length if max_sequence_length is None else max_sequence_length
+    if not prompts or any(not prompt.strip() for prompt in prompts):
+        raise UsageError("the prompt is empty: say what to draw with -p 'a red circle ...'")
+    _checked_side("width", width, model.size_multiple)
+    _checked_side("height", height, model.size_multiple)
+    if not 1 <= steps <= MAX_STEPS:
+        raise UsageError(f"steps must be 1 to {MAX_STEPS}, not {steps}")
+    if not 0 <= guidance <= 100:
+        raise UsageError(f"guidance must be 0 to 100, not {guidance:g}")
+    if num_images_per_prompt < 1 or num_images_per_prompt * len(prompts) > MAX_IMAGES:
+        raise UsageError(f"the number of images must be 1 to {MAX_IMAGES}")
+    if not 1 <= length <= 2048:
+        raise UsageError(f"max-sequence-length must be 1 to 2048 tokens, not {length}")
+    if negative_prompt is not None and guidance_passes(model, guidance) == 1:
+        why = (
+            "its guidance is embedded"
+            if model.form == "dev"
+            else "it is distilled"
+            if model.is_distilled
+            else f"guidance {guidance:g} is not above 1"
+        )
+        raise UsageError(f"a negative prompt has no effect on {model.name}: {why}; leave it out")
+    return Request(
+        prompts=prompts,
+        negative_prompt=negative_prompt,
+        width=width,
+        height=height,
+        num_inference_steps=steps,
+        guidance_scale=float(guidance),
+        num_images_per_prompt=num_images_per_prompt,
+        max_sequence_length=length,
+    )

@@ -1,0 +1,132 @@
+"""Predicted beside measured: the record of a run, as JSON and as a table."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from lowmem_flux2.planning.plan import Plan
+from lowmem_flux2.units import format_bytes, format_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class StageMeasure:
+    """What one stage took. ``peak_vram_bytes`` includes the CUDA context and is 0 on a CPU; see ``runtime.device``."""
+
+    stage: str
+    component: str
+    load_s: float
+    time_s: float
+    peak_vram_bytes: int
+    peak_allocated_bytes: int
+    driver_used_bytes: int
+    peak_ram_bytes: int
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """One picture: its file (None where Python got it in memory), seed (None where a generator was given) and prompt."""
+
+    path: str | None
+    seed: int | None
+    prompt: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One run. ``events`` are warnings and re-plans, in order."""
+
+    plan: Plan
+    stages: tuple[StageMeasure, ...]
+    events: tuple[str, ...]
+    images: tuple[ImageRecord, ...]
+    versions: Mapping[str, str]
+
+    @property
+    def peak_vram_bytes(self) -> int:
+        return max(stage.peak_vram_bytes for stage in self.stages)
+
+    @property
+    def peak_ram_bytes(self) -> int:
+        return max(stage.peak_ram_bytes for stage in self.stages)
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        return max(stage.peak_rss_bytes for stage in self.stages)
+
+    @property
+    def time_s(self) -> float:
+        return sum(stage.time_s for stage in self.stages)
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract's report JSON."""
+        return {
+            "plan": self.plan.to_json(),
+            "measured": {
+                "peak_vram_bytes": self.peak_vram_bytes,
+                "peak_ram_bytes": self.peak_ram_bytes,
+                "peak_rss_bytes": self.peak_rss_bytes,
+                "time_s": self.time_s,
+                "stages": [asdict(stage) for stage in self.stages],
+            },
+            "events": list(self.events),
+            "images": [asdict(image) for image in self.images],
+            "versions": dict(self.versions),
+        }
+
+    def table(self) -> Table:
+        """A rich table: one row a stage, predicted -> measured."""
+        on_gpu = self.plan.hardware.device == "cuda"
+        table = Table(title="predicted → measured", title_justify="left")
+        table.add_column("stage")
+        table.add_column("format")
+        if on_gpu:
+            table.add_column("peak VRAM", justify="right")
+        table.add_column("peak RAM", justify="right")
+        table.add_column("time", justify="right")
+        for measured in self.stages:
+            planned = next(stage for stage in self.plan.stages if stage.stage == measured.stage)
+            row = [f"{measured.stage} ({measured.component})", planned.weight_format]
+            if on_gpu:
+                row.append(_pair(planned.cost.peak_vram_bytes, measured.peak_vram_bytes))
+            row.append(_pair(planned.cost.peak_ram_bytes, measured.peak_ram_bytes))
+            row.append(f"{format_seconds(planned.cost.time_s)} → {format_seconds(measured.time_s)}")
+            table.add_row(*row)
+        total = ["whole run", ""]
+        if on_gpu:
+            total.append(_pair(self.plan.peak_vram_bytes, self.peak_vram_bytes))
+        total += [
+            _pair(self.plan.peak_ram_bytes, self.peak_ram_bytes),
+            f"{format_seconds(self.plan.time_s)} → {format_seconds(self.time_s)}",
+        ]
+        table.add_section()
+        table.add_row(*total)
+        return table
+
+
+def _pair(predicted: int, measured: int) -> str:
+    return f"{format_bytes(predicted)} → {format_bytes(measured)}"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file whole or not at all: temporary file beside it, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_report(report: Report, path: Path) -> None:
+    write_atomically(path, json.dumps(report.to_json(), indent=2) + "\n")

@@ -1,0 +1,344 @@
+"""The denoise stage: an explicit loop over diffusers' own FLUX.2 blocks, bit-equal to the stock forward.
+
+Timestep, guidance and text conditioning are computed once, before any block is loaded, and their weights (1.52 GiB on dev)
+dropped. Then each step runs ``for block in streamer.round()``; both guidance passes go through a block while its weights
+are there, so true guidance costs no second transfer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline, Flux2Transformer2DModel
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, retrieve_timesteps
+from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
+
+from lowmem_flux2.errors import NonFiniteLatents, UsageError
+from lowmem_flux2.planning.models import ModelSpec
+from lowmem_flux2.planning.plan import StagePlan
+from lowmem_flux2.planning.workload import Request
+from lowmem_flux2.runtime.checkpoint import TensorFile
+from lowmem_flux2.runtime.device import DTYPES
+from lowmem_flux2.runtime.streaming import BlockStreamer, load_module, unbind
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+StepCallback = Callable[[object, int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
+
+CONDITIONING = (
+    "time_guidance_embed",
+    "double_stream_modulation_img",
+    "double_stream_modulation_txt",
+    "single_stream_modulation",
+    "context_embedder",
+)
+EVERY_STEP = ("x_embedder", "norm_out", "proj_out")
+
+
+def initial_latents(model: ModelSpec, request: Request, dtype: torch.dtype, generators: Generators) -> torch.Tensor:
+    """Noise (images, channels, height, width) in packed-latent units, on the host, drawn as the stock pipelines draw it.
+
+    Raises:
+        UsageError: a list of generators that is not one for each image.
+    """
+    multiple = model.size_multiple
+    shape = (
+        request.num_images,
+        model.transformer.in_channels,
+        request.height // multiple,
+        request.width // multiple,
+    )
+    if isinstance(generators, Sequence):
+        if len(generators) != request.num_images:
+            raise UsageError(f"{len(generators)} generators for {request.num_images} images: one each, or a single one")
+        generators = list(generators)
+    noise: torch.Tensor = randn_tensor(shape, generator=generators, device=torch.device("cpu"), dtype=dtype)
+    return noise
+
+
+@dataclass(frozen=True, slots=True)
+class _StepConditioning:
+    """What one step needs of timestep and guidance: the embedding (B, h), for the final norm, and the modulations."""
+
+    embedding: torch.Tensor
+    double_image: torch.Tensor
+    double_text: torch.Tensor
+    single: torch.Tensor
+
+
+@dataclass(slots=True)
+class _Pass:
+    """One guidance pass: its projected text (B, T, h), and its two streams while a step runs."""
+
+    text: torch.Tensor
+    rope: tuple[torch.Tensor, torch.Tensor]
+    hidden: torch.Tensor
+    encoder_hidden: torch.Tensor
+
+
+class Denoiser:
+    """The transformer of one checkpoint, its blocks placed by the plan."""
+
+    def __init__(
+        self,
+        folder: Path,
+        model: ModelSpec,
+        stage: StagePlan,
+        request: Request,
+        device: torch.device,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._model = model
+        self._stage = stage
+        self._request = request
+        self._device = device
+        self._dtype = DTYPES[stage.compute_dtype]
+        self._warn = warn
+        self._files = TensorFile(folder / "transformer")
+        config = Flux2Transformer2DModel.load_config(folder / "transformer")
+        with init_empty_weights(include_buffers=False):
+            self._transformer = Flux2Transformer2DModel.from_config(config).eval()
+        self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+        self._streamer: BlockStreamer | None = None
+
+    @property
+    def pinned_bytes(self) -> int:
+        return self._streamer.pinned_bytes if self._streamer else 0
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        latents: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        negative_embeds: torch.Tensor | None,
+        *,
+        sigmas: Sequence[float] | None = None,
+        callback: StepCallback | None = None,
+        on_loaded: Callable[[], None] = lambda: None,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> torch.Tensor:
+        """Run all steps for all images, batch by batch in the plan's composition.
+
+        Args:
+            latents: initial noise (images, channels, height, width), host.
+            prompt_embeds: (images, tokens, joint_dim), host; one row an image.
+            negative_embeds: the same for the second guidance pass, or None.
+            callback: diffusers' ``callback_on_step_end``, with ``latents`` only.
+
+        Returns:
+            Packed latents (images, height * width, channels) on the host.
+
+        Raises:
+            NonFiniteLatents: names the step and the first block whose output is not finite.
+        """
+        size = self._stage.batch_size
+        batches = [slice(at, at + size) for at in range(0, len(latents), size)]
+        timesteps = self._timesteps(latents, sigmas)
+        prepared = []
+        for batch in batches:
+            negative = None if negative_embeds is None else negative_embeds[batch]
+            prepared.append(
+                self._condition(len(latents[batch]), latents.dtype, timesteps, prompt_embeds[batch], negative)
+            )
+        self._drop(CONDITIONING)
+        self._load_blocks()
+        on_loaded()
+        results = []
+        for batch, (steps, texts) in zip(batches, prepared, strict=True):
+            results.append(self._run(latents[batch], timesteps, sigmas, steps, texts, callback, on_step))
+        return torch.cat(results)
+
+    def close(self) -> None:
+        if self._streamer is not None:
+            self._streamer.close()
+        unbind(self._transformer)
+        self._files.close()
+
+    # --------------------------------------------------------------------------------------------- preparation
+
+    def _timesteps(self, latents: torch.Tensor, sigmas: Sequence[float] | None) -> torch.Tensor:
+        """The pipelines' own schedule: linear sigmas, shifted by an empirical function of tokens and steps."""
+        steps = self._request.num_inference_steps
+        schedule = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
+        if getattr(self._scheduler.config, "use_flow_sigmas", False):
+            schedule = None
+        tokens = latents.shape[-1] * latents.shape[-2]
+        mu = compute_empirical_mu(image_seq_len=tokens, num_steps=steps)
+        timesteps, _ = retrieve_timesteps(self._scheduler, steps, self._device, sigmas=schedule, mu=mu)
+        return timesteps
+
+    def _condition(
+        self,
+        batch: int,
+        latents_dtype: torch.dtype,
+        timesteps: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        negative_embeds: torch.Tensor | None,
+    ) -> tuple[list[_StepConditioning], list[torch.Tensor]]:
+        """Embed every timestep and project every text, one at a time in the stock forward's own shapes and dtypes."""
+        net = self._transformer
+        for name in CONDITIONING:
+            child = net.get_submodule(name)
+            if next(child.parameters()).is_meta:
+                load_module(child, f"{name}.", self._files, self._dtype, self._device)
+        guidance = None
+        if self._model.transformer.guidance_embeds:
+            scale = torch.full([1], self._request.guidance_scale, device=self._device, dtype=torch.float32)
+            guidance = scale.expand(batch).to(self._dtype) * 1000
+        steps = []
+        for moment in timesteps:
+            timestep = moment.expand(batch).to(latents_dtype) / 1000
+            embedding = net.time_guidance_embed(timestep.to(self._dtype) * 1000, guidance)
+            steps.append(
+                _StepConditioning(
+                    embedding,
+                    net.double_stream_modulation_img(embedding),
+                    net.double_stream_modulation_txt(embedding),
+                    net.single_stream_modulation(embedding),
+                )
+            )
+        texts = [
+            net.context_embedder(embeds.to(self._device, self._dtype))
+            for embeds in (prompt_embeds, negative_embeds)
+            if embeds is not None
+        ]
+        return steps, texts
+
+    def _drop(self, names: Sequence[str]) -> None:
+        for name in names:
+            unbind(self._transformer.get_submodule(name))
+
+    def _load_blocks(self) -> None:
+        net = self._transformer
+        for name in EVERY_STEP:
+            load_module(net.get_submodule(name), f"{name}.", self._files, self._dtype, self._device)
+        doubles, singles = len(net.transformer_blocks), len(net.single_transformer_blocks)
+        self._streamer = BlockStreamer(
+            blocks=[*net.transformer_blocks, *net.single_transformer_blocks],
+            prefixes=[f"transformer_blocks.{i}." for i in range(doubles)]
+            + [f"single_transformer_blocks.{i}." for i in range(singles)],
+            placements=self._stage.block_placements,
+            files=self._files,
+            dtype=DTYPES[self._stage.weight_format],
+            device=self._device,
+            slots=self._stage.slots,
+            warn=self._warn,
+        )
+
+    # --------------------------------------------------------------------------------------------------- steps
+
+    def _run(
+        self,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        sigmas: Sequence[float] | None,
+        steps: Sequence[_StepConditioning],
+        texts: Sequence[torch.Tensor],
+        callback: StepCallback | None,
+        on_step: Callable[[], None],
+    ) -> torch.Tensor:
+        """All steps of one batch; (B, channels, height, width) -> packed (B, tokens, channels), host."""
+        image_ids = Flux2Pipeline._prepare_latent_ids(noise).to(self._device)
+        latents = Flux2Pipeline._pack_latents(noise.to(self._device))
+        passes = [self._pass(text, image_ids) for text in texts]
+        self._timesteps(noise, sigmas)  # rewinds the scheduler
+        self._scheduler.set_begin_index(0)
+        for index, (moment, conditioning) in enumerate(zip(timesteps, steps, strict=True)):
+            prediction = self._predict(latents, passes, conditioning)
+            advanced = self._scheduler.step(prediction, moment, latents, return_dict=False)[0]
+            if not bool(torch.isfinite(advanced).all()):
+                self._explain_non_finite(index, latents, passes, conditioning)
+            latents = advanced
+            if callback is not None:
+                changed = callback(self, index, moment, {"latents": latents}) or {}
+                latents = changed.pop("latents", latents)
+                if changed:
+                    raise UsageError(f"the step callback may change only 'latents', not {', '.join(changed)}")
+            on_step()
+        return latents.to("cpu")
+
+    def _pass(self, text: torch.Tensor, image_ids: torch.Tensor) -> _Pass:
+        net = self._transformer
+        text_ids = Flux2Pipeline._prepare_text_ids(text).to(self._device)
+        text_rope, image_rope = net.pos_embed(text_ids[0]), net.pos_embed(image_ids[0])
+        rope = (torch.cat([text_rope[0], image_rope[0]], dim=0), torch.cat([text_rope[1], image_rope[1]], dim=0))
+        return _Pass(text, rope, text, text)
+
+    def _predict(
+        self,
+        latents: torch.Tensor,
+        passes: Sequence[_Pass],
+        conditioning: _StepConditioning,
+        watch: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
+        """The velocity for one step: (B, tokens, channels). Equal to Flux2Transformer2DModel.forward, with guidance."""
+        net, streamer = self._transformer, self._streamer
+        assert streamer is not None
+        projected = net.x_embedder(latents.to(self._dtype))
+        for one in passes:
+            one.hidden, one.encoder_hidden = projected, one.text
+        doubles = len(net.transformer_blocks)
+        for index, block in enumerate(streamer.round()):
+            for one in passes:
+                if index < doubles:
+                    self._double(block, one, conditioning)
+                else:
+                    self._single(block, one, conditioning, first=index == doubles)
+                if watch is not None:
+                    watch(index, one.hidden)
+        predictions = []
+        for one in passes:
+            text_tokens = one.text.shape[1] if len(net.single_transformer_blocks) else 0
+            hidden = net.norm_out(one.hidden[:, text_tokens:, ...], conditioning.embedding)
+            predictions.append(net.proj_out(hidden))
+            one.hidden = one.encoder_hidden = one.text
+        if len(predictions) == 1:
+            return predictions[0]
+        positive, negative = predictions
+        return negative + self._request.guidance_scale * (positive - negative)
+
+    @staticmethod
+    def _double(block: nn.Module, one: _Pass, conditioning: _StepConditioning) -> None:
+        one.encoder_hidden, one.hidden = block(
+            hidden_states=one.hidden,
+            encoder_hidden_states=one.encoder_hidden,
+            temb_mod_img=conditioning.double_image,
+            temb_mod_txt=conditioning.double_text,
+            image_rotary_emb=one.rope,
+        )
+
+    @staticmethod
+    def _single(block: nn.Module, one: _Pass, conditioning: _StepConditioning, first: bool) -> None:
+        if first:
+            one.hidden = torch.cat([one.encoder_hidden, one.hidden], dim=1)
+            one.encoder_hidden = one.text
+        one.hidden = block(
+            hidden_states=one.hidden,
+            encoder_hidden_states=None,
+            temb_mod=conditioning.single,
+            image_rotary_emb=one.rope,
+        )
+
+    def _explain_non_finite(
+        self, step: int, latents: torch.Tensor, passes: Sequence[_Pass], conditioning: _StepConditioning
+    ) -> None:
+        """Run the step again, looking after every block."""
+        names = [f"double-stream block {i}" for i in range(len(self._transformer.transformer_blocks))]
+        names += [f"single-stream block {i}" for i in range(len(self._transformer.single_transformer_blocks))]
+        found: list[str] = []
+
+        def watch(index: int, hidden: torch.Tensor) -> None:
+            if not found and not bool(torch.isfinite(hidden).all()):
+                found.append(names[index])
+
+        self._predict(latents, passes, conditioning, watch)
+        where = found[0] if found else "the output projection"
+        hint = "try --dtype fp32" if self._dtype is torch.float16 else "the weights may be broken, or guidance too high"
+        raise NonFiniteLatents(
+            f"denoise: NaN or infinity at step {step + 1} of {self._request.num_inference_steps}, first in {where}; {hint}"
+        )

@@ -1,0 +1,144 @@
+"""The compute device and its meters. Only this file asks CUDA about itself."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from lowmem_flux2.errors import UsageError
+
+SAMPLE_INTERVAL_S = 0.005
+_STATUS = Path("/proc/self/status")
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Names of compute dtypes and unquantized weight formats."""
+
+
+def torch_device(name: str) -> torch.device:
+    """``cpu``, ``cuda`` or ``cuda:1`` as torch.device, initialised.
+
+    Raises:
+        UsageError: CUDA asked for but this torch build or machine has none.
+    """
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            f"device {name}: this torch ({torch.__version__}) finds no CUDA GPU; see 'lowmem-flux2 doctor', "
+            "or use --device cpu"
+        )
+    return device
+
+
+def cap_vram(device: torch.device, max_vram_bytes: int, context_bytes: int) -> None:
+    """Make ``max_vram_bytes`` a hard cap: allocations beyond it raise OutOfMemoryError instead of taking more.
+
+    The allocator's share is the cap less the CUDA context, which no allocator sees.
+    """
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        fraction = min(1.0, max(0.0, (max_vram_bytes - context_bytes) / total))
+        torch.cuda.set_per_process_memory_fraction(fraction, device)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give freed blocks back to the driver, after the stage's last reference is gone."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True, slots=True)
+class HostUse:
+    """RAM of this process in bytes. ``anonymous`` includes shared memory; ``rss`` also file-backed pages."""
+
+    anonymous_bytes: int
+    rss_bytes: int
+
+
+def host_use() -> HostUse:
+    """Now. Outside Linux, where the kinds are not told apart, both figures are the whole RSS."""
+    if not _STATUS.exists():
+        rss = psutil.Process().memory_info().rss
+        return HostUse(rss, rss)
+    fields = {}
+    for line in _STATUS.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name in ("VmRSS", "RssAnon", "RssShmem"):
+            fields[name] = int(value.split()[0]) * 1024
+    return HostUse(fields["RssAnon"] + fields["RssShmem"], fields["VmRSS"])
+
+
+@dataclass(slots=True)
+class Measure:
+    """What a stage took, filled in when its ``measure`` block ends. Bytes and seconds.
+
+    Host peaks are sampled every 5 ms, so a shorter spike can be missed. ``peak_vram_bytes`` is the allocator's peak
+    reserved memory and the context; ``driver_used_bytes`` is what the driver says is used on the whole card at the end.
+    """
+
+    time_s: float = 0.0
+    peak_ram_bytes: int = 0
+    peak_rss_bytes: int = 0
+    peak_vram_bytes: int = 0
+    peak_allocated_bytes: int = 0
+    driver_used_bytes: int = 0
+
+
+class _HostSampler(threading.Thread):
+    def __init__(self) -> None:
+        super().__init__(daemon=True, name="host-memory-sampler")
+        self.peak = host_use()
+        self._stopped = threading.Event()
+
+    def _take(self) -> None:
+        now = host_use()
+        self.peak = HostUse(
+            max(self.peak.anonymous_bytes, now.anonymous_bytes), max(self.peak.rss_bytes, now.rss_bytes)
+        )
+
+    def run(self) -> None:
+        while not self._stopped.wait(SAMPLE_INTERVAL_S):
+            self._take()
+
+    def stop(self) -> HostUse:
+        self._stopped.set()
+        self.join()
+        self._take()
+        return self.peak
+
+
+@contextmanager
+def measure(device: torch.device, context_bytes: int, pinned_bytes: int = 0) -> Iterator[Measure]:
+    """Meter the block: wall time, host peaks, device peaks. ``pinned_bytes`` lies outside RSS and is added."""
+    taken = Measure()
+    sampler = _HostSampler()
+    sampler.start()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    try:
+        yield taken
+    finally:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            taken.peak_allocated_bytes = torch.cuda.max_memory_allocated(device)
+            taken.peak_vram_bytes = torch.cuda.max_memory_reserved(device) + context_bytes
+            free, total = torch.cuda.mem_get_info(device)
+            taken.driver_used_bytes = total - free
+        taken.time_s = time.perf_counter() - start
+        peak = sampler.stop()
+        taken.peak_ram_bytes = peak.anonymous_bytes + pinned_bytes
+        taken.peak_rss_bytes = peak.rss_bytes

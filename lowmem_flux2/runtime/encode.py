@@ -1,0 +1,197 @@
+"""The encode stage: prompts to embeddings, through the used layers of the text encoder alone.
+
+Only the tapped hidden states are kept. The layers after the last tapped one, the final norm, lm_head and the vision part
+are never built, never read; the token embedding stays in its file and only the prompt's rows are looked up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers.pipelines.flux2.pipeline_flux2 import SYSTEM_MESSAGE, format_input
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from lowmem_flux2.errors import CheckpointBroken
+from lowmem_flux2.planning.models import ModelSpec
+from lowmem_flux2.planning.plan import StagePlan
+from lowmem_flux2.runtime.checkpoint import TensorFile
+from lowmem_flux2.runtime.device import DTYPES
+from lowmem_flux2.runtime.streaming import BlockStreamer, load_module
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, model: ModelSpec, prompts: Sequence[str], length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, each (prompts, length) int64, in the chat form of the model's pipeline.
+
+    The two forms follow Flux2Pipeline._get_mistral_3_small_prompt_embeds and
+    Flux2KleinPipeline._get_qwen3_prompt_embeds, whose tokenization is not separate from their forward pass.
+    """
+    if model.form == "dev":
+        encoded = tokenizer.apply_chat_template(
+            format_input(prompts=list(prompts), system_message=SYSTEM_MESSAGE),
+            add_generation_prompt=False,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+        )
+        return encoded["input_ids"], encoded["attention_mask"]
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        for prompt in prompts
+    ]
+    encoded = tokenizer(texts, return_tensors="pt", padding="max_length", truncation=True, max_length=length)
+    return encoded["input_ids"], encoded["attention_mask"]
+
+
+@dataclass(slots=True)
+class _Group:
+    """Prompts that go through the layers as one batch."""
+
+    hidden: torch.Tensor
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    positions: torch.Tensor
+    masks: list[Any]
+    tapped: list[torch.Tensor]
+
+    def run(self, layer: nn.Module, index: int) -> None:
+        self.hidden = layer(
+            self.hidden,
+            attention_mask=self.masks[index],
+            position_embeddings=self.rotary,
+            position_ids=self.positions,
+            past_key_values=None,
+            use_cache=False,
+        )
+
+    def embeddings(self) -> torch.Tensor:
+        """The tapped states side by side: (prompts, tokens, taps * hidden), on the host."""
+        stacked = torch.stack(self.tapped, dim=1)
+        count, taps, tokens, width = stacked.shape
+        return stacked.permute(0, 2, 1, 3).reshape(count, tokens, taps * width).to("cpu")
+
+
+class TextEncoder:
+    """The cut text encoder of one checkpoint, its layers placed by the plan."""
+
+    def __init__(
+        self, folder: Path, model: ModelSpec, stage: StagePlan, device: torch.device, warn: Callable[[str], None]
+    ) -> None:
+        self._model = model
+        self._device = device
+        self._dtype = DTYPES[stage.compute_dtype]
+        self._tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        self._files = TensorFile(folder / "text_encoder")
+        self._decoder = _decoder_on_meta(folder / "text_encoder", model)
+        self._decoder.rotary_emb.to(device)
+        self._root = _decoder_prefix(self._files)
+        used = self._decoder.layers
+        self.streamer = BlockStreamer(
+            blocks=list(used),
+            prefixes=[f"{self._root}layers.{index}." for index in range(len(used))],
+            placements=stage.block_placements,
+            files=self._files,
+            dtype=DTYPES[stage.weight_format],
+            device=device,
+            slots=stage.slots,
+            warn=warn,
+        )
+        if model.text_encoder.num_layers == model.text_encoder.layers_used:
+            # transformers overwrites the last hidden state with the normed one, so here the norm is part of the tap.
+            load_module(self._decoder.norm, f"{self._root}norm.", self._files, self._dtype, device)
+
+    @torch.no_grad()
+    def encode(
+        self, groups: Sequence[Sequence[str]], length: int, on_layer: Callable[[], None] = lambda: None
+    ) -> list[torch.Tensor]:
+        """Embeddings (prompts, length, joint_dim) of each group, on the host, in the compute dtype.
+
+        One pass over the layers serves all groups. A group is one batch: groups are kept apart because the batch size
+        decides how Linear kernels round, and the stock pipelines encode prompts and negative prompts apart.
+        """
+        states = [self._begin(group, length) for group in groups]
+        taps = self._model.text_encoder.out_layers
+        last = self._model.text_encoder.num_layers
+        for index, layer in enumerate(self.streamer.round()):
+            for state in states:
+                state.run(layer, index)
+                if index + 1 in taps:
+                    state.tapped.append(self._decoder.norm(state.hidden) if index + 1 == last else state.hidden)
+            on_layer()
+        return [state.embeddings() for state in states]
+
+    def _begin(self, prompts: Sequence[str], length: int) -> _Group:
+        ids, mask = tokenize(self._tokenizer, self._model, prompts, length)
+        hidden = self._embed(ids).to(self._device)
+        positions = torch.arange(length, device=self._device).unsqueeze(0)
+        kinds = getattr(self._decoder.config, "layer_types", None) or ["full_attention"] * len(self._decoder.layers)
+        masks = self._masks(hidden, mask.to(self._device), positions)
+        return _Group(
+            hidden, self._decoder.rotary_emb(hidden, positions), positions, [masks[kind] for kind in kinds], []
+        )
+
+    def close(self) -> None:
+        self.streamer.close()
+        self._files.close()
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        unique, places = torch.unique(ids, return_inverse=True)
+        rows = self._files.read_rows(f"{self._root}embed_tokens.weight", unique, self._dtype)
+        return rows[places]
+
+    def _masks(self, hidden: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> dict[str, Any]:
+        asked = {
+            "config": self._decoder.config,
+            "inputs_embeds": hidden,
+            "attention_mask": mask,
+            "past_key_values": None,
+            "position_ids": positions,
+        }
+        config = self._decoder.config
+        types = set(getattr(config, "layer_types", None) or ["full_attention"])
+        masks: dict[str, Any] = {}
+        if "sliding_attention" in types or (self._model.form == "dev" and config.sliding_window is not None):
+            masks["sliding_attention"] = create_sliding_window_causal_mask(**asked)
+        masks["full_attention"] = (
+            masks["sliding_attention"]
+            if self._model.form == "dev" and config.sliding_window is not None
+            else create_causal_mask(**asked)
+        )
+        return masks
+
+
+def _decoder_on_meta(folder: Path, model: ModelSpec) -> nn.Module:
+    """The inner decoder with only the used layers, weights on the meta device, rotary tables real."""
+    if model.form == "dev":
+        from transformers import MistralModel as Decoder
+    else:
+        from transformers import Qwen3Model as Decoder
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    used = model.text_encoder.layers_used
+    config.num_hidden_layers = used
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:used]
+    with init_empty_weights(include_buffers=False):
+        decoder: nn.Module = Decoder(config)
+    return decoder.eval()
+
+
+def _decoder_prefix(files: TensorFile) -> str:
+    """What precedes ``layers.0.`` in the stored names: releases of transformers nest the decoder differently."""
+    ending = "layers.0.input_layernorm.weight"
+    for name in files.names():
+        if name.endswith(ending) and "vision" not in name:
+            return name.removesuffix(ending)
+    raise CheckpointBroken(f"{files.folder}: no decoder layers: no tensor name ends in {ending!r}")

@@ -1,0 +1,283 @@
+"""The Python entry point, with diffusers' names: ``Engine(model=...).generate(prompt=..., num_inference_steps=...)``."""
+
+from __future__ import annotations
+
+import platform
+import secrets
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+from PIL.Image import Image
+
+from lowmem_flux2.errors import UsageError
+from lowmem_flux2.planning.job import AUTO, Machine, plan_job, resolve_machine
+from lowmem_flux2.planning.plan import Plan
+from lowmem_flux2.planning.planner import Selection, StreamFrom
+from lowmem_flux2.planning.sources import ModelSource, resolve_model
+from lowmem_flux2.planning.workload import Preference, Request, make_request
+from lowmem_flux2.report import ImageRecord, Report
+from lowmem_flux2.runtime.denoise import Generators, StepCallback
+from lowmem_flux2.runtime.download import with_weights
+from lowmem_flux2.runtime.executor import Executor, Inputs, Observer, Outcome, Silent
+from lowmem_flux2.units import parse_bytes
+from lowmem_flux2.version import __version__
+
+OutputType = Literal["pil", "np", "pt", "latent"]
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What ``generate`` returns.
+
+    Attributes:
+        images: a list of PIL images, an array (n, h, w, 3) or tensor (n, 3, h, w) in [0, 1], or latents, by ``output_type``.
+        seeds: seed of each image; None where the caller gave generators or latents.
+        report: predicted beside measured.
+    """
+
+    images: Any
+    seeds: tuple[int | None, ...]
+    report: Report
+
+
+class Engine:
+    """A model on a machine. Holds no weights between calls: every stage loads, runs and frees its own.
+
+    Args:
+        model: ``shapes``, ``flux2-dev``, ``flux2-klein-4b``, ..., a diffusers folder, or a hub id.
+        profile: ``auto`` for this machine, a shipped profile's name, or a TOML file.
+        device: ``auto``, ``cuda``, ``cuda:1`` or ``cpu``.
+        dtype: compute dtype: ``auto``, ``bf16``, ``fp16`` or ``fp32``.
+        prefer: ``quality``, ``balanced``, ``speed`` or ``memory``.
+        weight_format, text_weight_format: stored format of the transformer's and the text encoder's weights.
+        placement: ``auto``, or force all streamed blocks to ``resident``, ``pinned``, ``pageable`` or ``disk``.
+        vae_tile: ``auto``, ``off`` or a side in pixels.
+        step_cache: ``auto`` or ``off``.
+        batch_size: images denoised together; 0 lets the planner choose.
+        max_vram, max_ram: hard caps, in bytes or as text (``"8GiB"``).
+        revision: hub revision.
+        offline: never touch the network.
+        observer: told about stages, steps and events.
+
+    Raises:
+        LowMemFlux2Error: see ``lowmem_flux2.errors``.
+    """
+
+    def __init__(
+        self,
+        model: str = "shapes",
+        *,
+        profile: str = AUTO,
+        device: str = AUTO,
+        dtype: str = AUTO,
+        prefer: Preference = "balanced",
+        weight_format: str = AUTO,
+        text_weight_format: str = AUTO,
+        placement: StreamFrom = "auto",
+        vae_tile: str | int = AUTO,
+        step_cache: str = AUTO,
+        batch_size: int = 0,
+        max_vram: int | str | None = None,
+        max_ram: int | str | None = None,
+        revision: str | None = None,
+        offline: bool = False,
+        observer: Observer | None = None,
+    ) -> None:
+        self._selection = Selection(
+            prefer=prefer,
+            weight_format=weight_format,
+            text_weight_format=text_weight_format,
+            dtype=dtype,
+            placement=placement,
+            vae_tile=str(vae_tile),
+            step_cache=step_cache,
+            batch_size=batch_size,
+            max_vram_bytes=_size(max_vram),
+            max_ram_bytes=_size(max_ram),
+        )
+        self._source = resolve_model(model, revision=revision, offline=offline)
+        self._machine = resolve_machine(profile, device, self._selection.max_ram_bytes)
+        self._device = device if device != AUTO else self._machine.hardware.device
+        self._offline = offline
+        self._observer = observer or Silent()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give everything back. Nothing is held between calls, so this is a no-op kept for ``with``."""
+
+    @property
+    def source(self) -> ModelSource:
+        return self._source
+
+    @property
+    def machine(self) -> Machine:
+        return self._machine
+
+    def plan(self, request: Request) -> Plan:
+        """The plan for a request, made before anything is loaded. Raises DoesNotFit."""
+        return plan_job(self._source, self._machine, request, self._selection, running=True)
+
+    def request(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        max_sequence_length: int | None = None,
+    ) -> Request:
+        """A checked request with the model's defaults filled in. Sizes are rounded down, with a warning, as in diffusers."""
+        multiple = self._source.spec.size_multiple
+        return make_request(
+            self._source.spec,
+            (prompt,) if isinstance(prompt, str) else tuple(prompt),
+            negative_prompt=negative_prompt,
+            width=_rounded("width", width, multiple),
+            height=_rounded("height", height, multiple),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            max_sequence_length=max_sequence_length,
+        )
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        seed: int | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: OutputType = "pil",
+        max_sequence_length: int | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        plan: Plan | None = None,
+    ) -> Generation:
+        """Make pictures. Arguments as in diffusers' Flux2Pipeline and Flux2KleinPipeline; ``seed`` is ours.
+
+        Args:
+            seed: image i uses a generator of its own with ``seed + i``; drawn at random where neither seed, generator nor
+                latents are given. Every seed is in the result.
+            plan: carry this plan out instead of making one.
+
+        Raises:
+            UsageError: arguments that contradict each other or cannot be honoured.
+            DoesNotFit, CheckpointError, RunError: see ``lowmem_flux2.errors``.
+        """
+        if (prompt is None) == (prompt_embeds is None):
+            raise UsageError("give either prompt or prompt_embeds, and not both")
+        if generator is not None and seed is not None:
+            raise UsageError("give either seed or generator, and not both")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise UsageError(f"output_type {output_type!r}: one of pil, np, pt, latent")
+        if sigmas is not None and num_inference_steps is None:
+            num_inference_steps = len(sigmas)
+        if prompt is None:
+            assert prompt_embeds is not None
+            prompt = ["(embeddings)"] * prompt_embeds.shape[0]
+            max_sequence_length = int(prompt_embeds.shape[1])
+        request = self.request(
+            prompt,
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            max_sequence_length=max_sequence_length,
+        )
+        seeds: tuple[int | None, ...] = (None,) * request.num_images
+        if generator is None and latents is None:
+            numbers = image_seeds(seed, request.num_images)
+            generator = [torch.Generator().manual_seed(number) for number in numbers]
+            seeds = tuple(numbers)
+        inputs = Inputs(
+            generators=generator,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            sigmas=sigmas,
+            callback=callback_on_step_end,
+            stop_at="denoise" if output_type == "latent" and self._source.spec.form == "dev" else None,
+            pictures=output_type != "latent",
+        )
+        plan = plan or self.plan(request)
+        outcome = self.run(plan, request, inputs)
+        prompts = [text for text in request.prompts for _ in range(request.num_images_per_prompt)]
+        records = tuple(ImageRecord(None, number, text) for number, text in zip(seeds, prompts, strict=True))
+        report = Report(plan, tuple(outcome.measures), tuple(outcome.events), records, versions())
+        return Generation(self._images(outcome, output_type), seeds, report)
+
+    def run(self, plan: Plan, request: Request, inputs: Inputs) -> Outcome:
+        """Carry a plan out and return tensors; ``generate`` makes pictures of them."""
+        self._source = with_weights(self._source, offline=self._offline)
+        assert self._source.folder is not None
+        executor = Executor(plan, self._source.spec, self._source.folder, self._device, self._observer)
+        return executor.run(request, inputs)
+
+    def _images(self, outcome: Outcome, output_type: OutputType) -> list[Image] | np.ndarray[Any, Any] | torch.Tensor:
+        if output_type == "latent":
+            # The stock pipelines differ here: dev returns packed latents, klein denormalised and unpatchified ones.
+            found = outcome.packed_latents if self._source.spec.form == "dev" else outcome.vae_latents
+            assert found is not None
+            return found
+        assert outcome.pictures is not None
+        processor = Flux2ImageProcessor(vae_scale_factor=self._source.spec.size_multiple)
+        images: list[Image] | np.ndarray[Any, Any] | torch.Tensor = processor.postprocess(
+            outcome.pictures, output_type=output_type
+        )
+        return images
+
+
+def image_seeds(seed: int | None, count: int) -> list[int]:
+    """``seed + i`` for image i; a seed is drawn where none is given."""
+    first = secrets.randbelow(2**31) if seed is None else seed
+    if not 0 <= first <= MAX_SEED - count:
+        raise UsageError(f"the seed must be 0 to {MAX_SEED - count}, not {first}")
+    return [first + index for index in range(count)]
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides pixels."""
+    found = {"lowmem_flux2": __version__, "python": platform.python_version()}
+    for name in ("torch", "diffusers", "transformers", "safetensors"):
+        found[name] = metadata.version(name)
+    return found
+
+
+def _size(size: int | str | None) -> int | None:
+    return parse_bytes(size) if isinstance(size, str) else size
+
+
+def _rounded(name: str, value: int | None, multiple: int) -> int | None:
+    if value is None or value % multiple == 0 or value < multiple:
+        return value
+    rounded = value // multiple * multiple
+    warnings.warn(f"{name} {value} is not a multiple of {multiple}: using {rounded}", stacklevel=3)
+    return rounded

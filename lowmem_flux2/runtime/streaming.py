@@ -1,0 +1,333 @@
+"""BlockStreamer: blocks of one component, each resident on the device or brought into a slot just before its use.
+
+    arenas                       slots (device)              compute
+    ┌ gpu: resident blocks ┐ ───────────────────────────────► used in place
+    │ pinned / pageable    │ ─ copy k+1 while k computes ───► slot (k+1) mod n
+    └ disk: safetensors    ┘ ─ read into a ring, then copy ─► slot ...
+
+A block's tensors lie in one span, each aligned to 256 bytes, so a block is one copy. Slots are allocated once; there is no
+allocation in the loop. On a GPU the host issues copies on one stream and never waits for it: the compute stream waits for
+the copy's event, and the copy stream for the event after the slot's last use. With ``device=cpu`` the same code runs, a
+worker thread in place of the copy stream.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lowmem_flux2.planning.formats import ALIGNMENT_BYTES
+from lowmem_flux2.planning.plan import Placement
+from lowmem_flux2.runtime.checkpoint import TensorFile
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlace:
+    """One parameter or buffer of a module: its name there, its name in the files, and its bytes in the span."""
+
+    name: str
+    stored_name: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def view(self, span: torch.Tensor) -> torch.Tensor:
+        count = self.dtype.itemsize
+        for side in self.shape:
+            count *= side
+        return span[self.offset : self.offset + count].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where each tensor of a module lies in its span of ``total_bytes``."""
+
+    places: tuple[TensorPlace, ...]
+    total_bytes: int
+
+
+def layout_of(module: nn.Module, prefix: str, dtype: torch.dtype) -> Layout:
+    """Lay out the parameters and persistent buffers of a module whose stored names are ``prefix + name``.
+
+    Floating-point tensors rest in ``dtype``, others in their own.
+    """
+    places, offset = [], 0
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        kept = dtype if tensor.is_floating_point() else tensor.dtype
+        places.append(TensorPlace(name, prefix + name, offset, tuple(tensor.shape), kept))
+        offset += _aligned(tensor.numel() * kept.itemsize)
+    return Layout(tuple(places), offset)
+
+
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def allocate(size_bytes: int, device: torch.device) -> torch.Tensor:
+    """An uninitialised uint8 tensor whose first byte is aligned to 256 (torch's CPU allocator gives 64)."""
+    raw = torch.empty(size_bytes + ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
+    skip = -raw.data_ptr() % ALIGNMENT_BYTES
+    return raw[skip : skip + size_bytes]
+
+
+def bind(module: nn.Module, layout: Layout, span: torch.Tensor) -> None:
+    """Make the module's parameters and buffers views of the span."""
+    for place in layout.places:
+        owner_name, _, leaf = place.name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        view = place.view(span)
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(view, requires_grad=False)
+        else:
+            owner._buffers[leaf] = view
+
+
+def unbind(module: nn.Module) -> None:
+    """Put a module back on the meta device, so that nothing keeps its span alive."""
+    module.to("meta")
+
+
+def read_span(layout: Layout, files: TensorFile, span: torch.Tensor) -> None:
+    """Fill a host span from the files."""
+    for place in layout.places:
+        files.read_into(place.stored_name, place.view(span))
+
+
+def load_module(
+    module: nn.Module, prefix: str, files: TensorFile, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Load a whole module that is not streamed; return its span on the device."""
+    layout = layout_of(module, prefix, dtype)
+    host = torch.device("cpu")
+    span = allocate(layout.total_bytes, device)
+    if device == host:
+        read_span(layout, files, span)
+    else:
+        for place in layout.places:  # tensor by tensor: the host never holds the whole component
+            staging = torch.empty(place.shape, dtype=place.dtype)
+            files.read_into(place.stored_name, staging)
+            place.view(span).copy_(staging)
+    bind(module, layout, span)
+    return span
+
+
+@dataclass(slots=True)
+class _Use:
+    """One use of a streamed block: which, in which slot, and the future of its copy."""
+
+    block: int
+    slot: int
+    issued: Future[None] | None
+
+
+class BlockStreamer:
+    """Hands out the blocks of one component in order, round after round, each with its weights in place.
+
+    Args:
+        blocks: modules on the meta device, in the order of use.
+        prefixes: stored-name prefix of each block.
+        placements: one per block.
+        files: where the weights are read.
+        dtype: stored (and compute) dtype of the weights.
+        device: compute device.
+        slots: device buffers for streamed blocks; the prefetch depth is one less.
+        warn: called with one line when pinning fails.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        prefixes: Sequence[str],
+        placements: Sequence[Placement],
+        files: TensorFile,
+        dtype: torch.dtype,
+        device: torch.device,
+        slots: int,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> None:
+        if not len(blocks) == len(prefixes) == len(placements):
+            raise ValueError(f"{len(blocks)} blocks, {len(prefixes)} prefixes, {len(placements)} placements")
+        self._blocks = tuple(blocks)
+        self._placements = tuple(placements)
+        self._files = files
+        self._device = device
+        self._layouts = [layout_of(block, prefix, dtype) for block, prefix in zip(blocks, prefixes, strict=True)]
+        self._streamed = [index for index, placed in enumerate(placements) if placed is not Placement.GPU]
+        if self._streamed and slots < 1:
+            raise ValueError("streamed blocks need at least one slot")
+        self._transport = _CudaTransport(device) if device.type == "cuda" else _HostTransport()
+        self._worker = ThreadPoolExecutor(1, "block-reader")
+        self.pinned_bytes = 0
+        largest = max((self._layouts[index].total_bytes for index in self._streamed), default=0)
+        self._slots = [allocate(largest, device) for _ in range(min(slots, len(self._streamed)))]
+        self._spans: dict[int, torch.Tensor] = {}
+        self._registered: list[torch.Tensor] = []
+        self._ring: list[torch.Tensor] = []
+        if Placement.DISK in placements and device.type == "cuda":
+            self._ring = [self._host_span(largest, pin=True, warn=warn) for _ in self._slots]
+        self._load(warn)
+        self._next_use = 0
+        self._uses: dict[int, _Use] = {}
+
+    # ------------------------------------------------------------------------------------------------ loading
+
+    def _load(self, warn: Callable[[str], None]) -> None:
+        """Read every block that rests in memory: resident ones to the device, the others into their host arena."""
+        host = torch.device("cpu")
+        staging: torch.Tensor | None = None
+        for placement in (Placement.GPU, Placement.PINNED, Placement.PAGEABLE):
+            chosen = [index for index, placed in enumerate(self._placements) if placed is placement]
+            total = sum(self._layouts[index].total_bytes for index in chosen)
+            if not chosen:
+                continue
+            on_device = placement is Placement.GPU
+            arena = (
+                allocate(total, self._device)
+                if on_device
+                else self._host_span(total, pin=placement is Placement.PINNED, warn=warn)
+            )
+            offset = 0
+            for index in chosen:
+                layout = self._layouts[index]
+                span = arena[offset : offset + layout.total_bytes]
+                offset += layout.total_bytes
+                self._spans[index] = span
+                if on_device and self._device != host:
+                    if staging is None:
+                        staging = allocate(max(self._layouts[i].total_bytes for i in chosen), host)
+                    read_span(layout, self._files, staging[: layout.total_bytes])
+                    span.copy_(staging[: layout.total_bytes])
+                else:
+                    read_span(layout, self._files, span)
+                if on_device:
+                    bind(self._blocks[index], layout, span)
+
+    def _host_span(self, size_bytes: int, pin: bool, warn: Callable[[str], None]) -> torch.Tensor:
+        """Host memory; pinned by registering it, since pinned allocations are rounded up to a power of two."""
+        span = allocate(size_bytes, torch.device("cpu"))
+        if pin and self._device.type == "cuda":
+            span.zero_()  # touch every page first: registration of untouched pages faults them one by one
+            code = torch.cuda.cudart().cudaHostRegister(span.data_ptr(), size_bytes, 0)
+            if int(code) == 0:
+                self._registered.append(span)
+                self.pinned_bytes += size_bytes
+            else:
+                warn(
+                    f"could not pin {size_bytes >> 20} MiB (CUDA error {int(code)}): copying from pageable memory "
+                    "instead, which is two to three times slower; raise the memlock limit (ulimit -l)"
+                )
+        return span
+
+    # ------------------------------------------------------------------------------------------------- a round
+
+    def round(self) -> Iterator[nn.Module]:
+        """One pass over all blocks. Copies of the next round's first blocks are already under way when it ends."""
+        for index, block in enumerate(self._blocks):
+            if self._placements[index] is Placement.GPU:
+                yield block
+                continue
+            use = self._await_copy(index)
+            bind(block, self._layouts[index], self._slots[use.slot])
+            yield block
+            self._transport.used(use.slot)
+            self._issue(self._next_use + len(self._slots) - 1)
+
+    def _await_copy(self, index: int) -> _Use:
+        if self._next_use == 0 and not self._uses:
+            for number in range(len(self._slots)):
+                self._issue(number)
+        use = self._uses.pop(self._next_use)
+        assert use.block == index, f"block {index} asked for, block {use.block} was prefetched"
+        self._next_use += 1
+        if use.issued is not None:
+            use.issued.result()
+        self._transport.await_copy(use.slot)
+        return use
+
+    def _issue(self, number: int) -> None:
+        index = self._streamed[number % len(self._streamed)]
+        slot = number % len(self._slots)
+        use = _Use(index, slot, None)
+        self._uses[number] = use
+        if self._placements[index] is Placement.PINNED and self._device.type == "cuda":
+            self._transport.copy(self._spans[index], self._slots[slot], slot)
+        else:
+            use.issued = self._worker.submit(self._bring, index, slot)
+
+    def _bring(self, index: int, slot: int) -> None:
+        """On the worker thread: read (disk) or copy (host memory) one block into its slot."""
+        layout = self._layouts[index]
+        target = self._slots[slot]
+        if self._placements[index] is not Placement.DISK:
+            self._transport.copy(self._spans[index], target, slot)
+        elif self._ring:
+            staged = self._ring[slot]
+            self._transport.await_copy_on_host(slot)  # the ring entry's previous copy, on this thread, not the loop's
+            read_span(layout, self._files, staged)
+            self._transport.copy(staged[: layout.total_bytes], target, slot)
+        else:
+            read_span(layout, self._files, target)
+
+    def close(self) -> None:
+        """Stop the worker and give every arena and slot back. The modules return to the meta device."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        for span in self._registered:
+            torch.cuda.cudart().cudaHostUnregister(span.data_ptr())
+        for block in self._blocks:
+            unbind(block)
+        self._registered.clear()
+        self._ring.clear()
+        self._slots.clear()
+        self._spans.clear()
+        self._uses.clear()
+
+
+class _HostTransport:
+    """``device=cpu``: copies happen on the worker thread, whose future is the event."""
+
+    def copy(self, source: torch.Tensor, slot_span: torch.Tensor, slot: int) -> None:
+        slot_span[: source.numel()].copy_(source)
+
+    def await_copy(self, slot: int) -> None:
+        return
+
+    def await_copy_on_host(self, slot: int) -> None:
+        return
+
+    def used(self, slot: int) -> None:
+        return
+
+
+class _CudaTransport:
+    """One copy stream; per slot one event after the copy and one after the block that used it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._copied: dict[int, torch.cuda.Event] = {}
+        self._used: dict[int, torch.cuda.Event] = {}
+
+    def copy(self, source: torch.Tensor, slot_span: torch.Tensor, slot: int) -> None:
+        with torch.cuda.stream(self._stream):
+            if slot in self._used:
+                self._stream.wait_event(self._used[slot])
+            slot_span[: source.numel()].copy_(source, non_blocking=True)
+            event = self._copied.setdefault(slot, torch.cuda.Event())
+            event.record(self._stream)
+
+    def await_copy(self, slot: int) -> None:
+        torch.cuda.current_stream().wait_event(self._copied[slot])
+
+    def await_copy_on_host(self, slot: int) -> None:
+        if slot in self._copied:
+            self._copied[slot].synchronize()
+
+    def used(self, slot: int) -> None:
+        event = self._used.setdefault(slot, torch.cuda.Event())
+        event.record(torch.cuda.current_stream())

@@ -1,0 +1,71 @@
+"""Parse and print bytes and seconds. Sizes are int bytes everywhere else; text exists only at the edges.
+
+"GiB" is 2^30 and "GB" is 10^9 when parsed; printed sizes are always binary, so that they compare with what
+``nvidia-smi`` and the allocator report.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from lowmem_flux2.errors import UsageError
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+_FACTORS = {
+    "": 1,
+    "b": 1,
+    "kib": KIB,
+    "mib": MIB,
+    "gib": GIB,
+    "tib": 1 << 40,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+}
+_BYTES = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*)\s*")
+
+
+def parse_bytes(text: str) -> int:
+    """Return bytes for text such as ``8GiB``, ``512 MiB``, ``12GB`` or ``1048576``.
+
+    Raises:
+        UsageError: not a number with a known unit, or not positive.
+    """
+    match = _BYTES.fullmatch(text)
+    factor = _FACTORS.get(match["unit"].lower()) if match else None
+    if match is None or factor is None:
+        raise UsageError(f"{text!r} is not a size: write for example 8GiB, 512MiB or 12GB")
+    value = round(float(match["number"]) * factor)
+    if value <= 0:
+        raise UsageError(f"{text!r} is not a size: it must be greater than zero")
+    return value
+
+
+def format_bytes(size_bytes: float) -> str:
+    """``format_bytes(1610612736) == '1.50 GiB'``; MiB below 1 GiB, KiB below 1 MiB."""
+    magnitude = abs(size_bytes)
+    if magnitude >= GIB:
+        return f"{size_bytes / GIB:.2f} GiB"
+    if magnitude >= MIB:
+        return f"{size_bytes / MIB:.0f} MiB"
+    return f"{size_bytes / KIB:.0f} KiB"
+
+
+def format_seconds(time_s: float) -> str:
+    """``0.042 s``, ``4.2 s``, ``1 min 05 s``, ``2 h 03 min``."""
+    if not math.isfinite(time_s):
+        return "never"
+    if time_s < 1:
+        return f"{time_s:.3f} s"
+    if time_s < 60:
+        return f"{time_s:.1f} s"
+    minutes, seconds = divmod(round(time_s), 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
