@@ -6,7 +6,7 @@ import platform
 import secrets
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from types import TracebackType
 from typing import Any, Literal
@@ -105,9 +105,28 @@ class Engine:
         )
         self._source = resolve_model(model, revision=revision, offline=offline)
         self._machine = resolve_machine(profile, device, self._selection.max_ram_bytes)
-        self._device = device if device != AUTO else self._machine.hardware.device
+        self._device = _device_name(device, self._machine)
         self._offline = offline
         self._observer = observer or Silent()
+
+    @classmethod
+    def of(
+        cls,
+        source: ModelSource,
+        machine: Machine,
+        selection: Selection,
+        *,
+        device: str = AUTO,
+        offline: bool = False,
+        observer: Observer | None = None,
+    ) -> Engine:
+        """An engine from what has been resolved already, as the command line does before it imports torch."""
+        engine = cls.__new__(cls)
+        engine._source, engine._machine, engine._selection = source, machine, selection
+        engine._device = _device_name(device, machine)
+        engine._offline = offline
+        engine._observer = observer or Silent()
+        return engine
 
     def __enter__(self) -> Engine:
         return self
@@ -214,9 +233,7 @@ class Engine:
         )
         seeds: tuple[int | None, ...] = (None,) * request.num_images
         if generator is None and latents is None:
-            numbers = image_seeds(seed, request.num_images)
-            generator = [torch.Generator().manual_seed(number) for number in numbers]
-            seeds = tuple(numbers)
+            seeds = tuple(image_seeds(seed, request.num_images))
         inputs = Inputs(
             generators=generator,
             latents=latents,
@@ -224,26 +241,36 @@ class Engine:
             negative_prompt_embeds=negative_prompt_embeds,
             sigmas=sigmas,
             callback=callback_on_step_end,
-            stop_at="denoise" if output_type == "latent" and self._source.spec.form == "dev" else None,
-            pictures=output_type != "latent",
         )
-        plan = plan or self.plan(request)
-        outcome = self.run(plan, request, inputs)
+        return self.run(request, plan or self.plan(request), inputs, seeds, output_type)
+
+    def run(
+        self,
+        request: Request,
+        plan: Plan,
+        inputs: Inputs,
+        seeds: Sequence[int | None],
+        output_type: OutputType = "pil",
+    ) -> Generation:
+        """Carry a plan out for a request that is already checked. Images with a seed get a generator of their own."""
+        self._source = with_weights(self._source, offline=self._offline)
+        folder, form = self._source.folder, self._source.spec.form
+        assert folder is not None
+        numbers = [number for number in seeds if number is not None]
+        if numbers:
+            inputs = replace(inputs, generators=[torch.Generator().manual_seed(number) for number in numbers])
+        if output_type == "latent":
+            # The stock pipelines differ here: dev returns packed latents, klein denormalised and unpatchified ones.
+            inputs = replace(inputs, stop_at="denoise" if form == "dev" else None, pictures=False)
+        executor = Executor(plan, self._source.spec, folder, self._device, self._observer)
+        outcome = executor.run(request, inputs)
         prompts = [text for text in request.prompts for _ in range(request.num_images_per_prompt)]
         records = tuple(ImageRecord(None, number, text) for number, text in zip(seeds, prompts, strict=True))
         report = Report(plan, tuple(outcome.measures), tuple(outcome.events), records, versions())
-        return Generation(self._images(outcome, output_type), seeds, report)
-
-    def run(self, plan: Plan, request: Request, inputs: Inputs) -> Outcome:
-        """Carry a plan out and return tensors; ``generate`` makes pictures of them."""
-        self._source = with_weights(self._source, offline=self._offline)
-        assert self._source.folder is not None
-        executor = Executor(plan, self._source.spec, self._source.folder, self._device, self._observer)
-        return executor.run(request, inputs)
+        return Generation(self._images(outcome, output_type), tuple(seeds), report)
 
     def _images(self, outcome: Outcome, output_type: OutputType) -> list[Image] | np.ndarray[Any, Any] | torch.Tensor:
         if output_type == "latent":
-            # The stock pipelines differ here: dev returns packed latents, klein denormalised and unpatchified ones.
             found = outcome.packed_latents if self._source.spec.form == "dev" else outcome.vae_latents
             assert found is not None
             return found
@@ -269,6 +296,10 @@ def versions() -> dict[str, str]:
     for name in ("torch", "diffusers", "transformers", "safetensors"):
         found[name] = metadata.version(name)
     return found
+
+
+def _device_name(device: str, machine: Machine) -> str:
+    return machine.hardware.device if device == AUTO else device
 
 
 def _size(size: int | str | None) -> int | None:

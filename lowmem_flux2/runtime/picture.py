@@ -11,6 +11,9 @@ from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lowmem_flux2.errors import UsageError
+from lowmem_flux2.planning.plan import Plan
+from lowmem_flux2.planning.workload import Request
+from lowmem_flux2.report import ImageRecord
 
 FIELDS = ("seed", "index", "model")
 
@@ -76,3 +79,21 @@ def save_png(picture: Image, path: Path, metadata: Mapping[str, str]) -> Path:
                 number += 1
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def describe(request: Request, plan: Plan, record: ImageRecord, versions: Mapping[str, str]) -> dict[str, str]:
+    """What a PNG says of itself: enough to make it again."""
+    texts = {
+        "prompt": record.prompt,
+        "seed": "" if record.seed is None else str(record.seed),
+        "model": plan.model,
+        "steps": str(request.num_inference_steps),
+        "guidance_scale": f"{request.guidance_scale:g}",
+        "size": f"{request.width}x{request.height}",
+        "max_sequence_length": str(request.max_sequence_length),
+        "plan": plan.digest,
+        "versions": " ".join(f"{name}=={version}" for name, version in versions.items()),
+    }
+    if request.negative_prompt:
+        texts["negative_prompt"] = request.negative_prompt
+    return texts

@@ -1,0 +1,433 @@
+"""The command line. Each command parses once, into frozen objects, and hands over; torch is imported only to run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lowmem_flux2 import options as opt
+from lowmem_flux2.errors import LowMemFlux2Error, NotExecutable, UsageError
+from lowmem_flux2.planning.hardware import Profile, check_profile, list_profiles, profiles_dir, read_profile
+from lowmem_flux2.planning.job import Machine, plan_job, replay, resolve_machine
+from lowmem_flux2.planning.plan import Plan, read_plan
+from lowmem_flux2.planning.planner import Selection
+from lowmem_flux2.planning.sources import EMBEDDED, ModelSource, resolve_model
+from lowmem_flux2.planning.workload import Request, make_request
+from lowmem_flux2.units import format_bytes, parse_bytes
+from lowmem_flux2.version import __version__
+
+if TYPE_CHECKING:
+    from lowmem_flux2.runtime.picture import OutputPattern
+
+app = typer.Typer(
+    name="lowmem-flux2",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="FLUX.2 pictures on a 6-24 GB card. Says peak VRAM, peak RAM and seconds before it runs, then keeps to them.",
+)
+profiles_app = typer.Typer(no_args_is_help=True, help="Hardware profiles: list, show NAME, check FILE.")
+app.add_typer(profiles_app, name="profiles")
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A parsed and resolved command line: all that the planner needs."""
+
+    model: str
+    source: ModelSource
+    machine: Machine
+    request: Request
+    selection: Selection
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The request's flags as typed; None takes the plan file's value, else the model's."""
+
+    model: str | None
+    prompts: tuple[str, ...]
+    width: int | None
+    height: int | None
+    steps: int | None
+    guidance: float | None
+    num_images: int
+    negative_prompt: str | None
+    max_sequence_length: int | None
+
+    def after(self, plan: Plan) -> Wanted:
+        """Fill what was not typed from a plan that is to be carried out."""
+        work = plan.workload
+        return Wanted(
+            model=self.model or plan.model,
+            prompts=self.prompts,
+            width=self.width or work.width,
+            height=self.height or work.height,
+            steps=work.steps if self.steps is None else self.steps,
+            guidance=self.guidance,
+            num_images=self.num_images,
+            negative_prompt=self.negative_prompt,
+            max_sequence_length=self.max_sequence_length or work.text_tokens,
+        )
+
+
+def _resolve(
+    wanted: Wanted, selection: Selection, profile: str, device: str, revision: str | None, offline: bool
+) -> Asked:
+    model = wanted.model or EMBEDDED
+    source = resolve_model(model, revision=revision, offline=offline)
+    request = make_request(
+        source.spec,
+        wanted.prompts,
+        negative_prompt=wanted.negative_prompt,
+        width=wanted.width,
+        height=wanted.height,
+        num_inference_steps=wanted.steps,
+        guidance_scale=wanted.guidance,
+        num_images_per_prompt=wanted.num_images,
+        max_sequence_length=wanted.max_sequence_length,
+    )
+    return Asked(model, source, resolve_machine(profile, device, selection.max_ram_bytes), request, selection)
+
+
+def _selection(
+    *,
+    prefer: opt.Prefer,
+    weight_format: str,
+    text_weight_format: str,
+    dtype: str,
+    placement: opt.Placed,
+    vae_tile: str,
+    step_cache: str,
+    batch_size: int,
+    max_vram: str | None,
+    max_ram: str | None,
+) -> Selection:
+    return Selection(
+        prefer=prefer.value,
+        weight_format=weight_format,
+        text_weight_format=text_weight_format,
+        dtype=dtype,
+        placement=placement.value,
+        vae_tile=vae_tile,
+        step_cache=step_cache,
+        batch_size=batch_size,
+        max_vram_bytes=_size("--max-vram", max_vram),
+        max_ram_bytes=_size("--max-ram", max_ram),
+    )
+
+
+def _size(flag: str, text: str | None) -> int | None:
+    try:
+        return None if text is None else parse_bytes(text)
+    except UsageError as error:
+        raise UsageError(f"{flag}: {error}") from None
+
+
+def _prompts(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
+    prompts = list(given or ())
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--prompt-file {file}: cannot read it: {error}") from None
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise UsageError(f"--prompt-file {file}: there is no prompt in it")
+        prompts += found
+    return tuple(prompts)
+
+
+def _refuse_references(references: list[Path] | None) -> None:
+    if references:
+        raise UsageError("--image: reference images are not in this version; leave the flag out")
+
+
+@app.command()
+def generate(
+    prompt: opt.Prompts = None,
+    prompt_file: opt.PromptFile = None,
+    model: opt.Model = None,
+    width: opt.Width = None,
+    height: opt.Height = None,
+    steps: opt.Steps = None,
+    guidance: opt.Guidance = None,
+    seed: opt.Seed = None,
+    num_images: opt.NumImages = 1,
+    negative_prompt: opt.Negative = None,
+    max_sequence_length: opt.Length = None,
+    image: opt.References = None,
+    revision: opt.Revision = None,
+    offline: opt.Offline = False,
+    profile: opt.ProfileName = "auto",
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    max_vram: opt.MaxVram = None,
+    max_ram: opt.MaxRam = None,
+    weight_format: opt.WeightFormat = "auto",
+    text_weight_format: opt.TextFormat = "auto",
+    prefer: opt.Preferred = opt.Prefer.balanced,
+    placement: opt.PlacementName = opt.Placed.auto,
+    step_cache: opt.StepCache = "auto",
+    vae_tile: opt.VaeTile = "auto",
+    batch_size: opt.BatchSize = 0,
+    plan: opt.PlanFile = None,
+    output: opt.Output = "out_{seed}.png",
+    report: opt.ReportFile = None,
+    dry_run: opt.DryRun = False,
+    no_metadata: opt.NoMetadata = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Make pictures from prompts.
+
+    lowmem-flux2 generate -p "a large red circle in the center on a blue background" -s 0
+    """
+    from lowmem_flux2.planning.explain import explain
+    from lowmem_flux2.runtime.picture import OutputPattern
+
+    _refuse_references(image)
+    pattern = OutputPattern(output)
+    if report is not None and not report.parent.is_dir():
+        raise UsageError(f"--report {report}: there is no folder {report.parent}; create it first")
+    wanted = Wanted(
+        model,
+        _prompts(prompt, prompt_file),
+        width,
+        height,
+        steps,
+        guidance,
+        num_images,
+        negative_prompt,
+        max_sequence_length,
+    )
+    selection = _selection(
+        prefer=prefer,
+        weight_format=weight_format,
+        text_weight_format=text_weight_format,
+        dtype=dtype,
+        placement=placement,
+        vae_tile=vae_tile,
+        step_cache=step_cache,
+        batch_size=batch_size,
+        max_vram=max_vram,
+        max_ram=max_ram,
+    )
+    if plan is not None:
+        replayed = read_plan(plan)
+        asked = _resolve(wanted.after(replayed), selection, profile, device, revision, offline)
+        made = replay(replayed, asked.source, asked.machine, asked.request, plan)
+    else:
+        asked = _resolve(wanted, selection, profile, device, revision, offline)
+        made = plan_job(asked.source, asked.machine, asked.request, selection, running=True)
+    if not quiet or dry_run:
+        out.print(explain(made))
+    if dry_run:
+        return
+    if made.not_executable:
+        raise NotExecutable(
+            "no plan that this version can carry out fits; the one above needs: " + "; ".join(made.not_executable)
+        )
+    _run(asked, made, pattern, seed, device, offline, report, metadata=not no_metadata, quiet=quiet)
+
+
+def _run(
+    asked: Asked,
+    made: Plan,
+    pattern: OutputPattern,
+    seed: int | None,
+    device: str,
+    offline: bool,
+    report_file: Path | None,
+    *,
+    metadata: bool,
+    quiet: bool,
+) -> None:
+    """Carry the plan out, save the pictures, print the report."""
+    from lowmem_flux2.console import ConsoleObserver
+    from lowmem_flux2.report import write_report
+    from lowmem_flux2.runtime.engine import Engine, image_seeds
+    from lowmem_flux2.runtime.executor import Inputs
+    from lowmem_flux2.runtime.picture import describe, save_png
+
+    request = asked.request
+    with ConsoleObserver(err, quiet) as observer:
+        engine = Engine.of(
+            asked.source, asked.machine, asked.selection, device=device, offline=offline, observer=observer
+        )
+        result = engine.run(request, made, Inputs(), image_seeds(seed, request.num_images))
+    records = []
+    for index, (picture, record) in enumerate(zip(result.images, result.report.images, strict=True)):
+        number = record.seed or 0
+        path = pattern.path(seed=number, index=index, model=made.model)
+        texts = describe(request, made, record, result.report.versions) if metadata else {}
+        saved = save_png(picture, path, texts)
+        records.append(replace(record, path=str(saved)))
+        out.print(f"{saved}   seed {number}", soft_wrap=True)
+    report = replace(result.report, images=tuple(records))
+    if not quiet:
+        out.print(report.table())
+    if report_file is not None:
+        write_report(report, report_file)
+
+
+@app.command()
+def plan(
+    prompt: opt.Prompts = None,
+    prompt_file: opt.PromptFile = None,
+    model: opt.Model = None,
+    width: opt.Width = None,
+    height: opt.Height = None,
+    steps: opt.Steps = None,
+    guidance: opt.Guidance = None,
+    num_images: opt.NumImages = 1,
+    negative_prompt: opt.Negative = None,
+    max_sequence_length: opt.Length = None,
+    image: opt.References = None,
+    revision: opt.Revision = None,
+    offline: opt.Offline = False,
+    profile: opt.ProfileName = "auto",
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    max_vram: opt.MaxVram = None,
+    max_ram: opt.MaxRam = None,
+    weight_format: opt.WeightFormat = "auto",
+    text_weight_format: opt.TextFormat = "auto",
+    prefer: opt.Preferred = opt.Prefer.balanced,
+    placement: opt.PlacementName = opt.Placed.auto,
+    step_cache: opt.StepCache = "auto",
+    vae_tile: opt.VaeTile = "auto",
+    batch_size: opt.BatchSize = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, to read or to replay.")] = False,
+) -> None:
+    """Say what would run, where, and what it would cost; loads nothing.
+
+    lowmem-flux2 plan -m flux2-dev --profile rtx-3060-12gb --max-ram 32GiB
+    """
+    _refuse_references(image)
+    prompts = _prompts(prompt, prompt_file) or ("(no prompt)",)
+    wanted = Wanted(model, prompts, width, height, steps, guidance, num_images, negative_prompt, max_sequence_length)
+    selection = _selection(
+        prefer=prefer,
+        weight_format=weight_format,
+        text_weight_format=text_weight_format,
+        dtype=dtype,
+        placement=placement,
+        vae_tile=vae_tile,
+        step_cache=step_cache,
+        batch_size=batch_size,
+        max_vram=max_vram,
+        max_ram=max_ram,
+    )
+    asked = _resolve(wanted, selection, profile, device, revision, offline)
+    made = plan_job(asked.source, asked.machine, asked.request, selection)
+    if as_json:
+        sys.stdout.write(json.dumps(made.to_json(), indent=2) + "\n")
+        return
+    from lowmem_flux2.planning.explain import explain
+
+    out.print(explain(made))
+
+
+@app.command()
+def bench(
+    model: opt.Model = None,
+    prompt: Annotated[
+        str, typer.Option("-p", "--prompt", help="What to draw.")
+    ] = "a large red circle in the center on a blue background",
+    steps: opt.Steps = None,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for bench.json and bench.png; made if missing.")
+    ] = Path("bench"),
+) -> None:
+    """Run a handful of plans, each in a process of its own: memory against latency, as a table, JSON and a plot."""
+    from lowmem_flux2.bench import run_bench
+
+    run_bench(model or EMBEDDED, prompt, steps, output, out)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed and usable here, and what to do about the rest."""
+    from lowmem_flux2.doctor import examine
+
+    out.print(examine())
+
+
+@profiles_app.command("list")
+def profiles_list() -> None:
+    """All shipped profiles."""
+    table = Table(show_edge=False, pad_edge=False)
+    for heading in ("name", "VRAM", "bf16/fp16 TFLOP/s", "h2d GB/s", "card"):
+        table.add_column(heading, justify="left" if heading in ("name", "card") else "right")
+    for name in list_profiles():
+        profile = read_profile(name)
+        hardware = profile.hardware
+        rates = hardware.matmul_flops_per_s
+        rate = rates.get("bf16", rates.get("fp16", rates["fp32"]))
+        table.add_row(
+            name,
+            format_bytes(hardware.vram_bytes) if hardware.vram_bytes else "-",
+            f"{rate / 1e12:.1f}",
+            f"{hardware.h2d_pinned_bytes_per_s / 1e9:.1f}",
+            profile.title,
+        )
+    out.print(table)
+    out.print("Rates are what planning counts on: peak times an achieved fraction. 'profiles show NAME' gives sources.")
+
+
+@profiles_app.command("show")
+def profiles_show(name: Annotated[str, typer.Argument(help="A name of 'profiles list', or a TOML file.")]) -> None:
+    """One profile, with the source of every number."""
+    profile: Profile = read_profile(name)
+    path = Path(name) if name.endswith(".toml") else profiles_dir() / f"{name}.toml"
+    out.print(f"# {profile.title}: {path}", soft_wrap=True)
+    out.print(path.read_text(encoding="utf-8"), end="", markup=False, soft_wrap=True)
+
+
+@profiles_app.command("check")
+def profiles_check(file: Annotated[Path, typer.Argument(help="A profile TOML.")]) -> None:
+    """Check a profile file; names file, line and key of each fault."""
+    hardware = check_profile(file)
+    out.print(f"{file}: {hardware.name} is a valid {hardware.device} profile", soft_wrap=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"lowmem-flux2 {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Only ``--version`` lives here."""
+
+
+def main() -> NoReturn:
+    """Entry point: every error raised on purpose becomes one message and its exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except LowMemFlux2Error as error:
+        err.print(f"error: {error}", style="bold red", soft_wrap=True, markup=False)
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        err.print("interrupted: nothing was saved", style="yellow")
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,132 @@
+"""The options that commands share: each flag's name, meaning and help text, once."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Prefer(StrEnum):
+    quality = "quality"
+    balanced = "balanced"
+    speed = "speed"
+    memory = "memory"
+
+
+class Placed(StrEnum):
+    auto = "auto"
+    resident = "resident"
+    pinned = "pinned"
+    pageable = "pageable"
+    disk = "disk"
+
+
+ASK, FIT, LOOK = "What to draw", "How to fit it", "Output"
+Prompts = Annotated[
+    list[str] | None, typer.Option("-p", "--prompt", help="What to draw; repeat for several.", rich_help_panel=ASK)
+]
+PromptFile = Annotated[Path | None, typer.Option(help="A text file with one prompt a line.", rich_help_panel=ASK)]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "-m",
+        "--model",
+        help="shapes (embedded, the default), flux2-dev, flux2-klein-4b, flux2-klein-9b, flux2-klein-base-4b, flux2-klein-base-9b, a diffusers folder, or a hub id.",
+        rich_help_panel=ASK,
+    ),
+]
+Width = Annotated[
+    int | None,
+    typer.Option("-W", "--width", help="Pixels, a multiple of 16.  [default: the model's]", rich_help_panel=ASK),
+]
+Height = Annotated[
+    int | None,
+    typer.Option("-H", "--height", help="Pixels, a multiple of 16.  [default: the model's]", rich_help_panel=ASK),
+]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.  [default: the model's]", rich_help_panel=ASK)]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale.  [default: the model's]", rich_help_panel=ASK)]
+NumImages = Annotated[int, typer.Option(help="Images per prompt.", rich_help_panel=ASK)]
+Negative = Annotated[
+    str | None, typer.Option(help="What to avoid; klein base models with guidance above 1 only.", rich_help_panel=ASK)
+]
+Length = Annotated[
+    int | None,
+    typer.Option(help="Text tokens, padded to exactly this many.  [default: the model's]", rich_help_panel=ASK),
+]
+References = Annotated[
+    list[Path] | None, typer.Option("--image", help="Reference image; not in this version.", rich_help_panel=ASK)
+]
+ProfileName = Annotated[
+    str,
+    typer.Option(
+        "--profile", help="auto (this machine), a name of 'profiles list', or a TOML file.", rich_help_panel=FIT
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cuda, cuda:1 or cpu.", rich_help_panel=FIT)]
+Dtype = Annotated[str, typer.Option(help="Compute dtype: auto, bf16, fp16 or fp32.", rich_help_panel=FIT)]
+MaxVram = Annotated[
+    str | None, typer.Option(help="Hard cap on our VRAM, CUDA context included: 8GiB.", rich_help_panel=FIT)
+]
+MaxRam = Annotated[str | None, typer.Option(help="Cap on our RAM: 24GiB.", rich_help_panel=FIT)]
+WeightFormat = Annotated[
+    str,
+    typer.Option(
+        help="Transformer weights: auto, bf16, fp16, fp32 (int8, fp8, nf4, int4: planned, not run yet).",
+        rich_help_panel=FIT,
+    ),
+]
+TextFormat = Annotated[
+    str, typer.Option("--text-weight-format", help="Text encoder weights: as --weight-format.", rich_help_panel=FIT)
+]
+Preferred = Annotated[
+    Prefer, typer.Option("--prefer", help="What to spend on what: see the README.", rich_help_panel=FIT)
+]
+PlacementName = Annotated[
+    Placed, typer.Option("--placement", help="Where streamed blocks rest; auto decides for each.", rich_help_panel=FIT)
+]
+StepCache = Annotated[
+    str, typer.Option(help="Reuse between steps: auto or off (none exists in this version).", rich_help_panel=FIT)
+]
+VaeTile = Annotated[
+    str, typer.Option(help="auto, off, or tile side in pixels. Tiles change pixels slightly.", rich_help_panel=FIT)
+]
+BatchSize = Annotated[
+    int, typer.Option(min=0, help="Images denoised together; 0 lets the planner choose.", rich_help_panel=FIT)
+]
+Revision = Annotated[str | None, typer.Option(help="Hub branch, tag or commit.", rich_help_panel=ASK)]
+Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.", rich_help_panel=ASK)]
+Seed = Annotated[
+    int | None,
+    typer.Option("-s", "--seed", help="Image i uses seed + i. Drawn, and recorded, if not given.", rich_help_panel=ASK),
+]
+Output = Annotated[
+    str,
+    typer.Option(
+        "-o",
+        "--output",
+        help="PNG name with {seed}, {index}, {model}; an existing file is never overwritten.",
+        rich_help_panel=LOOK,
+    ),
+]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan", help="Carry out this plan file (from plan --json) instead of making one.", rich_help_panel=FIT
+    ),
+]
+ReportFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--report", help="Write predicted and measured figures as JSON, replacing the file.", rich_help_panel=LOOK
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan and explain, load nothing.", rich_help_panel=LOOK)]
+NoMetadata = Annotated[
+    bool, typer.Option("--no-metadata", help="Keep prompt, seed and plan out of the PNG.", rich_help_panel=LOOK)
+]
+Quiet = Annotated[
+    bool, typer.Option("-q", "--quiet", help="Print nothing but warnings, errors and file names.", rich_help_panel=LOOK)
+]
