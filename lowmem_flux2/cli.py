@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from lowmem_flux2 import options as opt
-from lowmem_flux2.errors import LowMemFlux2Error, NotExecutable, UsageError
+from lowmem_flux2.errors import Interrupted, LowMemFlux2Error, NotExecutable, UsageError
 from lowmem_flux2.planning.hardware import Profile, check_profile, list_profiles, profiles_dir, read_profile
 from lowmem_flux2.planning.job import Machine, plan_job, replay, resolve_machine
 from lowmem_flux2.planning.plan import Plan, read_plan
 from lowmem_flux2.planning.planner import Selection
 from lowmem_flux2.planning.sources import EMBEDDED, ModelSource, resolve_model
-from lowmem_flux2.planning.workload import Request, make_request
+from lowmem_flux2.planning.workload import Request, image_seeds, make_request
 from lowmem_flux2.units import format_bytes, parse_bytes
 from lowmem_flux2.version import __version__
 
@@ -188,6 +189,9 @@ def generate(
     dry_run: opt.DryRun = False,
     no_metadata: opt.NoMetadata = False,
     quiet: opt.Quiet = False,
+    cache_dir: opt.CacheDir = None,
+    no_prepare: opt.NoPrepare = False,
+    allow_format_change: opt.AllowFormatChange = False,
 ) -> None:
     """Make pictures from prompts.
 
@@ -197,6 +201,10 @@ def generate(
     from lowmem_flux2.runtime.picture import OutputPattern
 
     _refuse_references(image)
+    if cache_dir is not None:
+        raise UsageError("--cache-dir: this version keeps no prepared weights or prompts; leave the flag out")
+    if allow_format_change:
+        raise UsageError("--allow-format-change: this version does not re-plan while running; leave the flag out")
     pattern = OutputPattern(output)
     if report is not None and not report.parent.is_dir():
         raise UsageError(f"--report {report}: there is no folder {report.parent}; create it first")
@@ -230,6 +238,7 @@ def generate(
     else:
         asked = _resolve(wanted, selection, profile, device, revision, offline)
         made = plan_job(asked.source, asked.machine, asked.request, selection, running=True)
+    seeds = image_seeds(seed, asked.request.num_images)
     if not quiet or dry_run:
         out.print(explain(made))
     if dry_run:
@@ -238,14 +247,24 @@ def generate(
         raise NotExecutable(
             "no plan that this version can carry out fits; the one above needs: " + "; ".join(made.not_executable)
         )
-    _run(asked, made, pattern, seed, device, offline, report, metadata=not no_metadata, quiet=quiet)
+    with _interruptible():
+        _run(asked, made, pattern, seeds, device, offline, report, metadata=not no_metadata, quiet=quiet)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C while running is exit code 130; typer on its own would make it 1."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted: no picture was saved") from None
 
 
 def _run(
     asked: Asked,
     made: Plan,
     pattern: OutputPattern,
-    seed: int | None,
+    seeds: list[int],
     device: str,
     offline: bool,
     report_file: Path | None,
@@ -256,7 +275,7 @@ def _run(
     """Carry the plan out, save the pictures, print the report."""
     from lowmem_flux2.console import ConsoleObserver
     from lowmem_flux2.report import write_report
-    from lowmem_flux2.runtime.engine import Engine, image_seeds
+    from lowmem_flux2.runtime.engine import Engine
     from lowmem_flux2.runtime.executor import Inputs
     from lowmem_flux2.runtime.picture import describe, save_png
 
@@ -265,7 +284,7 @@ def _run(
         engine = Engine.of(
             asked.source, asked.machine, asked.selection, device=device, offline=offline, observer=observer
         )
-        result = engine.run(request, made, Inputs(), image_seeds(seed, request.num_images))
+        result = engine.run(request, made, Inputs(), seeds)
     records = []
     for index, (picture, record) in enumerate(zip(result.images, result.report.images, strict=True)):
         number = record.seed or 0
@@ -353,7 +372,8 @@ def bench(
     """Run a handful of plans, each in a process of its own: memory against latency, as a table, JSON and a plot."""
     from lowmem_flux2.bench import run_bench
 
-    run_bench(model or EMBEDDED, prompt, steps, output, out)
+    with _interruptible():
+        run_bench(model or EMBEDDED, prompt, steps, output, out)
 
 
 @app.command()
@@ -420,14 +440,8 @@ def root(
 def main() -> NoReturn:
     """Entry point: every error raised on purpose becomes one message and its exit code."""
     try:
-        code = app(standalone_mode=False)
+        app()
     except LowMemFlux2Error as error:
         err.print(f"error: {error}", style="bold red", soft_wrap=True, markup=False)
-        code = error.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        err.print("interrupted: nothing was saved", style="yellow")
-        code = 130
-    sys.exit(code)
+        sys.exit(error.exit_code)
+    sys.exit(0)

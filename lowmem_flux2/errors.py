@@ -10,10 +10,11 @@
     │   ├── CheckpointMissing     4    not found: folder, file, hub id, offline
     │   ├── CheckpointAccess      4    found, but no token, no access, or licence not accepted
     │   └── CheckpointBroken      4    truncated, an LFS pointer, HTML, a missing key, parts that do not belong together
-    └── RunError                  5    failed while running
-        └── NonFiniteLatents      5    NaN or infinity: the step and block where it appeared
+    ├── RunError                  5    failed while running
+    │   └── NonFiniteLatents      5    NaN or infinity: the step and block where it appeared
+    └── Interrupted             130    Ctrl-C
 
-Ctrl-C ends with 130. Anything else that escapes is a defect of ours and shows its traceback.
+Anything else that escapes is a defect of ours and shows its traceback.
 """
 
 from __future__ import annotations
@@ -105,3 +106,9 @@ class RunError(LowMemFlux2Error):
 
 class NonFiniteLatents(RunError):
     """NaN or infinity in the latents: a black picture is never reported as success."""
+
+
+class Interrupted(LowMemFlux2Error):
+    """Stopped by Ctrl-C while running."""
+
+    exit_code = 130

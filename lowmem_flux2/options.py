@@ -34,7 +34,8 @@ Model = Annotated[
     typer.Option(
         "-m",
         "--model",
-        help="shapes (embedded, the default), flux2-dev, flux2-klein-4b, flux2-klein-9b, flux2-klein-base-4b, flux2-klein-base-9b, a diffusers folder, or a hub id.",
+        help="shapes (embedded, the default), flux2-dev, flux2-klein-4b, flux2-klein-9b, flux2-klein-base-4b, "
+        "flux2-klein-base-9b, a diffusers folder, or a hub id.",
         rich_help_panel=ASK,
     ),
 ]
@@ -129,4 +130,14 @@ NoMetadata = Annotated[
 ]
 Quiet = Annotated[
     bool, typer.Option("-q", "--quiet", help="Print nothing but warnings, errors and file names.", rich_help_panel=LOOK)
+]
+CacheDir = Annotated[
+    Path | None, typer.Option("--cache-dir", help="For prepared weights and prompts; not in this version.", hidden=True)
+]
+NoPrepare = Annotated[
+    bool, typer.Option("--no-prepare", help="Never prepare weights; this version never does.", hidden=True)
+]
+AllowFormatChange = Annotated[
+    bool,
+    typer.Option("--allow-format-change", help="On recovery only; not in this version.", hidden=True),
 ]

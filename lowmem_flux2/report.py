@@ -32,7 +32,7 @@ class StageMeasure:
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """One picture: its file (None where Python got it in memory), seed (None where a generator was given) and prompt."""
+    """One picture: its file (None in memory), its seed (None where a generator was given) and its prompt."""
 
     path: str | None
     seed: int | None

@@ -40,7 +40,10 @@ def parse_bytes(text: str) -> int:
     factor = _FACTORS.get(match["unit"].lower()) if match else None
     if match is None or factor is None:
         raise UsageError(f"{text!r} is not a size: write for example 8GiB, 512MiB or 12GB")
-    value = round(float(match["number"]) * factor)
+    exact = float(match["number"]) * factor
+    if math.isinf(exact):
+        raise UsageError(f"{text[:20]!r}... is not a size: it is beyond any memory")
+    value = round(exact)
     if value <= 0:
         raise UsageError(f"{text!r} is not a size: it must be greater than zero")
     return value
@@ -49,9 +52,9 @@ def parse_bytes(text: str) -> int:
 def format_bytes(size_bytes: float) -> str:
     """``format_bytes(1610612736) == '1.50 GiB'``; MiB below 1 GiB, KiB below 1 MiB."""
     magnitude = abs(size_bytes)
-    if magnitude >= GIB:
+    if round(magnitude / MIB) >= GIB // MIB:
         return f"{size_bytes / GIB:.2f} GiB"
-    if magnitude >= MIB:
+    if round(magnitude / KIB) >= MIB // KIB:
         return f"{size_bytes / MIB:.0f} MiB"
     return f"{size_bytes / KIB:.0f} KiB"
 
@@ -60,9 +63,9 @@ def format_seconds(time_s: float) -> str:
     """``0.042 s``, ``4.2 s``, ``1 min 05 s``, ``2 h 03 min``."""
     if not math.isfinite(time_s):
         return "never"
-    if time_s < 1:
+    if round(time_s, 3) < 1:
         return f"{time_s:.3f} s"
-    if time_s < 60:
+    if round(time_s, 1) < 60:
         return f"{time_s:.1f} s"
     minutes, seconds = divmod(round(time_s), 60)
     if minutes < 60:

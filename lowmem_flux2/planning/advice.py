@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,13 +11,16 @@ from lowmem_flux2.errors import DoesNotFit, UsageError
 from lowmem_flux2.planning.configs import spec_from_configs
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
-from lowmem_flux2.planning.planner import Selection, make_plan
+from lowmem_flux2.planning.planner import make_plan
+from lowmem_flux2.planning.selection import Selection, limits_of, with_ram_for
 from lowmem_flux2.planning.sources import MODEL_NAMES, shipped_configs
-from lowmem_flux2.planning.support import EVERYTHING
-from lowmem_flux2.planning.workload import Workload
-from lowmem_flux2.units import GIB, format_bytes, format_seconds
+from lowmem_flux2.planning.support import SUPPORTED, Support
+from lowmem_flux2.planning.workload import Workload, guidance_passes
+from lowmem_flux2.units import GIB, MIB, format_bytes, format_seconds
 
 MOST = 3
+DETECTED = "auto"
+EMBEDDED = "shapes"
 SIDES_PX = (1024, 768, 512, 256)
 RAM_SIZES_GIB = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 VRAM_SIZES_GIB = (2, 3, 4, 6, 8, 10, 12, 16, 24, 32, 48, 80)
@@ -24,76 +28,153 @@ VRAM_SIZES_GIB = (2, 3, 4, 6, 8, 10, 12, 16, 24, 32, 48, 80)
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """One thing (or two) done differently, and the flags that do it."""
+    """The job with something done differently."""
 
-    flags: str
     model: ModelSpec
     workload: Workload
     hardware: Hardware
     selection: Selection
 
+    def smaller(self, side: int) -> _Change:
+        tokens = (side // self.model.size_multiple) ** 2
+        return replace(self, workload=replace(self.workload, width=side, height=side, image_tokens=tokens))
+
+    def with_ram(self, size_bytes: int) -> _Change:
+        hardware = with_ram_for(self.hardware, size_bytes)
+        return replace(self, hardware=hardware, selection=replace(self.selection, max_ram_bytes=size_bytes))
+
+    def with_vram(self, size_bytes: int) -> _Change:
+        return replace(self, selection=replace(self.selection, max_vram_bytes=size_bytes))
+
+    def with_model(self, name: str) -> _Change:
+        """Another model at its own defaults, the size kept."""
+        model = spec_from_configs(name, name, shipped_configs(name))
+        defaults = model.defaults
+        workload = replace(
+            self.workload,
+            steps=defaults.num_inference_steps,
+            text_tokens=defaults.max_sequence_length,
+            guidance_passes=guidance_passes(model, defaults.guidance_scale),
+        )
+        return replace(self, model=model, workload=workload)
+
+    def command(self, profile: str) -> str:
+        """What plans just this on the command line; prompts apart, as only their number matters."""
+        work, defaults, selection = self.workload, self.model.defaults, self.selection
+        words = ["lowmem-flux2", "plan", "-m", self.model.source, "--profile", profile]
+        if self.hardware.device == "cpu" and profile == DETECTED:
+            words += ["--device", "cpu"]
+        for flag, value, default in (
+            ("-W", work.width, defaults.width),
+            ("-H", work.height, defaults.height),
+            ("--steps", work.steps, defaults.num_inference_steps),
+            ("--num-images", work.num_images, 1),
+            ("--max-sequence-length", work.text_tokens, defaults.max_sequence_length),
+            ("--prefer", selection.prefer, "balanced"),
+            ("--dtype", selection.dtype, "auto"),
+        ):
+            if value != default:
+                words += [flag, str(value)]
+        if work.guidance_passes != guidance_passes(self.model, defaults.guidance_scale):
+            words += ["--guidance", "1" if work.guidance_passes == 1 else "4"]
+        for flag, cap in (("--max-vram", selection.max_vram_bytes), ("--max-ram", selection.max_ram_bytes)):
+            if cap is not None:
+                words += [flag, f"{cap // GIB}GiB" if cap % GIB == 0 else f"{cap // MIB}MiB"]
+        return shlex.join(words)
+
 
 def closest_fits(
-    model: ModelSpec, workload: Workload, hardware: Hardware, selection: Selection, profile: str
+    model: ModelSpec,
+    workload: Workload,
+    hardware: Hardware,
+    selection: Selection,
+    profile: str,
+    *,
+    support: Support = SUPPORTED,
 ) -> tuple[str, ...]:
-    """Up to three commands that would fit, the smallest change first; never empty while anything at all fits."""
+    """Up to three commands that would fit, the smallest change first, and what this version can carry out before what it cannot;
+    never empty while anything at all fits.
+
+    Args:
+        profile: what ``--profile`` was given; ``auto`` means that the hardware is this machine's and cannot grow.
+    """
     found: list[str] = []
-    for change in _changes(model, workload, hardware, selection, profile):
+    later: list[str] = []
+    for change in _changes(_Change(model, workload, hardware, _whole_mib(selection)), profile):
         with suppress(DoesNotFit, UsageError):
             plan = make_plan(
-                change.model, change.workload, change.hardware, change.selection, profile=profile, support=EVERYTHING
+                change.model, change.workload, change.hardware, change.selection, profile=profile, support=support
             )
-            peaks = f"{format_bytes(plan.peak_ram_bytes)} RAM, {format_seconds(plan.time_s)}"
-            if plan.peak_vram_bytes:
-                peaks = f"{format_bytes(plan.peak_vram_bytes)} VRAM, {peaks}"
-            found.append(f"lowmem-flux2 plan {change.flags}   # {peaks}")
+            notes = [f"{format_bytes(plan.peak_ram_bytes)} RAM", format_seconds(plan.time_s)]
+            if plan.hardware.device == "cuda":
+                notes.insert(0, f"{format_bytes(plan.peak_vram_bytes)} VRAM")
+            if plan.not_executable:
+                notes.append(f"not in this version: {', '.join(plan.not_executable)}")
+            (later if plan.not_executable else found).append(f"{change.command(profile)}   # {', '.join(notes)}")
         if len(found) == MOST:
             break
-    return tuple(found)
+    return tuple([*found, *later][:MOST])
 
 
-def _changes(
-    model: ModelSpec, workload: Workload, hardware: Hardware, selection: Selection, profile: str
-) -> Iterator[_Change]:
-    base = f"-m {model.name} --profile {profile}"
-    free = replace(
-        selection, weight_format="auto", text_weight_format="auto", placement="auto", vae_tile="auto", batch_size=0
+def _changes(asked: _Change, profile: str) -> Iterator[_Change]:
+    """One change at a time, the fixed choices freed; then each of them at the smallest size."""
+    freed = replace(
+        asked.selection,
+        weight_format="auto",
+        text_weight_format="auto",
+        placement="auto",
+        vae_tile="auto",
+        batch_size=0,
     )
-    caps = _cap_flags(selection)
-    if free != selection:
-        yield _Change(f"{base}{caps}", model, workload, hardware, free)
+    free = replace(asked, selection=freed)
+    if freed != asked.selection:
+        yield free
+    yield from _sizes(free)
+    yield from _budgets(free, profile)
+    others = [
+        other for name in MODEL_NAMES if name != EMBEDDED and (other := free.with_model(name)) and _smaller(other, free)
+    ]
+    yield from others
+    for one in (free, *others):
+        least = one.smaller(SIDES_PX[-1])
+        if one is not free:
+            yield least
+        yield from _budgets(least, profile)
+
+
+def _smaller(other: _Change, one: _Change) -> bool:
+    return other.model.transformer.total_weights < one.model.transformer.total_weights
+
+
+def _sizes(one: _Change) -> Iterator[_Change]:
     for side in SIDES_PX:
-        if side < max(workload.width, workload.height):
-            smaller = _resized(workload, model, side)
-            yield _Change(f"{base}{caps} -W {side} -H {side}", model, smaller, hardware, free)
-    for size in RAM_SIZES_GIB:
-        if size * GIB > min(hardware.ram_bytes, selection.max_ram_bytes or hardware.ram_bytes):
-            more = replace(hardware, ram_bytes=max(hardware.ram_bytes, size * GIB))
-            roomy = replace(free, max_ram_bytes=size * GIB)
-            yield _Change(f"{base}{_cap_flags(roomy)}", model, workload, more, roomy)
-    for size in VRAM_SIZES_GIB:
-        if hardware.vram_bytes and size * GIB > min(hardware.vram_bytes, selection.max_vram_bytes or 0):
-            if size * GIB > hardware.vram_bytes:
-                break  # a larger card is not a command
-            roomy = replace(free, max_vram_bytes=size * GIB)
-            yield _Change(f"{base}{_cap_flags(roomy)}", model, workload, hardware, roomy)
-    for name in MODEL_NAMES:
-        if name == "shapes" or name == model.name:
-            continue
-        other = spec_from_configs(name, name, shipped_configs(name))
-        if other.transformer.total_weights < model.transformer.total_weights:
-            yield _Change(f"-m {name} --profile {profile}{caps}", other, workload, hardware, free)
+        if side * side < one.workload.width * one.workload.height:
+            yield one.smaller(side)
 
 
-def _cap_flags(selection: Selection) -> str:
-    flags = ""
-    if selection.max_vram_bytes is not None:
-        flags += f" --max-vram {selection.max_vram_bytes // (1 << 20)}MiB"
-    if selection.max_ram_bytes is not None:
-        flags += f" --max-ram {selection.max_ram_bytes // (1 << 20)}MiB"
-    return flags
+def _budgets(one: _Change, profile: str) -> Iterator[_Change]:
+    """Higher caps: RAM beyond the card's typical machine, but nothing that the machine does not have."""
+    limits = limits_of(one.hardware, one.selection)
+    own_ram = limits_of(one.hardware, replace(one.selection, max_ram_bytes=None)).ram_bytes
+    for gib in RAM_SIZES_GIB:
+        if limits.ram_bytes < gib * GIB and (profile != DETECTED or gib * GIB <= own_ram):
+            yield one.with_ram(gib * GIB) if profile != DETECTED else _capped(one, gib * GIB)
+    own_vram = limits_of(one.hardware, replace(one.selection, max_vram_bytes=None)).vram_bytes
+    for gib in VRAM_SIZES_GIB:
+        if limits.vram_bytes < gib * GIB <= own_vram:
+            yield one.with_vram(gib * GIB)
 
 
-def _resized(workload: Workload, model: ModelSpec, side: int) -> Workload:
-    tokens = (side // model.size_multiple) ** 2
-    return replace(workload, width=side, height=side, image_tokens=tokens)
+def _capped(one: _Change, size_bytes: int) -> _Change:
+    return replace(one, selection=replace(one.selection, max_ram_bytes=size_bytes))
+
+
+def _whole_mib(selection: Selection) -> Selection:
+    """Caps as a command line gives them back."""
+
+    def whole(cap: int | None) -> int | None:
+        return None if cap is None else max(cap // MIB, 1) * MIB
+
+    return replace(
+        selection, max_vram_bytes=whole(selection.max_vram_bytes), max_ram_bytes=whole(selection.max_ram_bytes)
+    )

@@ -1,130 +1,73 @@
 """Closed-form cost of a stage: (StagePlan, ModelSpec, Workload, Hardware) -> bytes and seconds. No torch, no policy.
 
-Activations are derived from where the live tensors peak in diffusers' and transformers' own forward functions; each
-function names the tensors it counts. Times come from a time line of copies and computations, block by block.
+Times come from a time line of copies and computations, block by block; activations from ``activations``.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS, WeightFormat
+from lowmem_flux2.planning.activations import (
+    conditioning_bytes,
+    decode_activation_bytes,
+    decoder_channels,
+    denoise_activation_bytes,
+    encode_activation_bytes,
+)
+from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS
 from lowmem_flux2.planning.hardware import Hardware
-from lowmem_flux2.planning.models import BlockSpec, ModelSpec, VaeSpec
+from lowmem_flux2.planning.models import ModelSpec, VaeSpec
 from lowmem_flux2.planning.plan import Placement, StageCost, StagePlan
+from lowmem_flux2.planning.tiles import tiled_pixels_ratio
 from lowmem_flux2.planning.workload import Workload
 from lowmem_flux2.units import MIB
 
 LIBRARIES_HOST_BYTES = 360 * MIB
-"""Anonymous RSS of Python with torch, diffusers and transformers imported: 319 MiB read from /proc/self/status with
+"""Anonymous RSS of Python with torch, diffusers and transformers imported: 319 MiB in /proc/self/status with
 torch 2.13 CPU, diffusers 0.42.1, transformers 5.23 (2026-11-23), plus the tokenizer and configs."""
 CUDA_HOST_BYTES = 600 * MIB
 """Added by CUDA initialisation and its libraries. Assumed, not measured: no GPU was at hand."""
+READ_BUFFER_BYTES = 16 * MIB
+"""Values are converted from the stored dtype in pieces of this size (``runtime.checkpoint.CONVERT_BYTES``)."""
+CONVOLUTION_SHARE = 0.5
+"""Share of the matmul rate that convolutions reach. Assumed; calibration is to replace it."""
+STEP_OVERHEADS = 4
+"""Launches of a step outside its blocks (projections, norm, scheduler), in block overheads. Assumed."""
+ROUNDS_SIMULATED = 2
+"""The first round starts with empty slots; from the second on every round is alike."""
+DECODER_OVERHEADS = 20
+"""Launches of the decoder's 14 resnets, attention and convolutions, in block overheads. Assumed."""
 
 
 def margin_bytes(activation_bytes: int, resident_bytes: int) -> int:
     """Allocator fragmentation and library workspaces: 64 MiB and 5 % of activations and 1 % of weights.
 
-    A stated margin, not a derived one: cuBLAS and cuDNN workspaces are 8-32 MiB each (their documentation), the caching
-    allocator rounds blocks above 1 MiB up to 2 MiB.
+    A stated margin, not a derived one: cuBLAS and cuDNN workspaces are 8-32 MiB each (their documentation), the
+    caching allocator rounds blocks above 1 MiB up to 2 MiB.
     """
     return 64 * MIB + activation_bytes // 20 + resident_bytes // 100
-
-
-# ---------------------------------------------------------------------------------------------------- activations
-
-
-def denoise_activation_bytes(model: ModelSpec, workload: Workload, batch: int, dtype_bytes: int, chunk: int) -> int:
-    """Peak live activations of one transformer pass.
-
-    The peak is the concatenation in a single-stream block (Flux2ParallelSelfAttnProcessor), tokens S, hidden size h,
-    MLP m = mlp_ratio * h: block input h, modulated norm h, the fused projection 3h + 2m (its views keep it whole), rotated
-    query and key 2h, attention output h, gated MLP m, and the concatenation h + m: (9h + 4m) S elements. For dev at 1024
-    px that is 1134 MiB, and 1165 with what is constant: text embeddings, RoPE tables (two fp32 tables of head_dim), the
-    latents and the prediction. A second guidance pass keeps one more hidden state and its text embeddings.
-    """
-    dims = model.transformer
-    hidden, mlp = dims.hidden_size, int(dims.hidden_size * dims.mlp_ratio)
-    tokens = batch * workload.sequence_tokens
-    image = batch * (workload.image_tokens + workload.reference_tokens)
-    text = batch * workload.text_tokens
-    if chunk and chunk < workload.sequence_tokens:
-        # The fused projection lives for one chunk; query, key and value of all tokens stay for attention.
-        peak = tokens * 7 * hidden + batch * chunk * (hidden + 4 * mlp)
-    else:
-        peak = tokens * (9 * hidden + 4 * mlp)
-    # Double-stream: both streams' input, norm, q/k/v and attention (10h), then the image stream's feed-forward 4m.
-    double = tokens * 4 * hidden + image * (2 * hidden + (4 * mlp))
-    constant = text * dims.joint_dim + text * hidden + 4 * image * dims.in_channels
-    rope = 2 * workload.sequence_tokens * dims.head_dim * 4
-    per_pass = (workload.guidance_passes - 1) * (tokens * hidden + text * dims.joint_dim)
-    fp32_latents = 2 * image * dims.in_channels * 4
-    return (max(peak, double) + constant + per_pass) * dtype_bytes + rope + fp32_latents
-
-
-def encode_activation_bytes(model: ModelSpec, workload: Workload, prompts: int, dtype_bytes: int) -> int:
-    """Peak live activations of one pass over the text encoder's used layers.
-
-    In the MLP of a layer act(gate), up and their product live together (3 x intermediate), with the residual and the
-    norm (2 x hidden), the tapped states so far, and the additive or boolean mask (tokens^2, one byte, or the dtype).
-    The negative prompts of true guidance go through each layer after the prompts: one more hidden state and taps.
-    """
-    dims = model.text_encoder
-    tokens = prompts * workload.text_tokens
-    per_token = 3 * dims.intermediate_size + (2 + len(dims.out_layers)) * dims.hidden_size
-    mask = prompts * workload.text_tokens**2 * dtype_bytes
-    waiting = (workload.guidance_passes - 1) * tokens * (1 + len(dims.out_layers)) * dims.hidden_size
-    stacked = tokens * dims.joint_dim
-    return (max(tokens * per_token, 2 * stacked) + waiting) * dtype_bytes + mask * workload.guidance_passes
-
-
-def decode_activation_bytes(vae: VaeSpec, width: int, height: int, tile_px: int, dtype_bytes: int) -> int:
-    """Peak live activations of decoding one image.
-
-    In each up-block's first resnet the input, its norm and its non-linearity live together: 3 x channels_in x pixels at
-    that level; the widest is the last block (256 channels at full resolution: 1536 of the 1538 MiB at 1024 px).
-    Tiled, one tile's peak and every finished tile (3 channels) until they are stitched, twice.
-    """
-    tile_w, tile_h = (min(width, tile_px), min(height, tile_px)) if tile_px else (width, height)
-    channels = tuple(reversed(vae.block_out_channels))
-    peak = 0
-    for level, _ in enumerate(channels):
-        channels_in = channels[max(level - 1, 0)]
-        shrink = 2 ** (len(channels) - 1 - level)
-        peak = max(peak, 3 * channels_in * (tile_w // shrink) * (tile_h // shrink))
-    picture = 3 * width * height
-    latents = 2 * vae.latent_channels * (width // vae.spatial_factor) * (height // vae.spatial_factor)
-    # uint8 and float copies in the image processor come after the peak is gone.
-    return (peak + picture * (2 if tile_px else 1) + latents) * dtype_bytes
 
 
 # ------------------------------------------------------------------------------------------------------- seconds
 
 
-def double_block_seconds(model: ModelSpec, workload: Workload, batch: int, hardware: Hardware, rate: float) -> float:
-    """A double-stream block: each weight sees its own stream's tokens (half the weights each), attention sees all."""
-    block = model.transformer.blocks[0]
-    per_weight = batch * (workload.image_tokens + workload.reference_tokens + workload.text_tokens)
-    linear = 2 * (block.linear_weights / 2) * per_weight
-    return linear / rate + _attention_seconds(model, workload, batch, hardware)
+def block_flops(model: ModelSpec, workload: Workload, batch: int) -> tuple[float, float, float]:
+    """(linear of a double-stream block, linear of a single-stream block, attention of either) of one pass.
 
-
-def single_block_seconds(model: ModelSpec, workload: Workload, batch: int, hardware: Hardware, rate: float) -> float:
-    """A single-stream block: 2 FLOPs per weight and token, 4 S^2 h for attention."""
-    block = model.transformer.blocks[-1]
-    linear = 2 * block.linear_weights * batch * workload.sequence_tokens
-    return linear / rate + _attention_seconds(model, workload, batch, hardware)
-
-
-def _attention_seconds(model: ModelSpec, workload: Workload, batch: int, hardware: Hardware) -> float:
-    flops = 4 * batch * workload.sequence_tokens**2 * model.transformer.hidden_size
-    return flops / hardware.attention_flops_per_s
+    2 FLOPs per weight and token that the weight sees: half a double-stream block's weights see the image, half the
+    text, all of a single-stream block's see both. Attention is 4 S^2 h.
+    """
+    dims, tokens = model.transformer, workload.sequence_tokens
+    double = batch * tokens * dims.double_block.linear_weights
+    single = 2 * batch * tokens * dims.single_block.linear_weights
+    return double, single, 4 * batch * tokens**2 * dims.hidden_size
 
 
 def decode_flops(vae: VaeSpec, width: int, height: int) -> float:
-    """2 x 9 x C_in x C_out x pixels for each 3x3 convolution of the decoder (two a resnet, one an upsampler)."""
-    channels = tuple(reversed(vae.block_out_channels))
+    """2 x 9 x C_in x C_out x pixels for each 3x3 convolution (two a resnet, one an upsampler), and attention."""
+    channels = decoder_channels(vae)
     flops = 0.0
     for level, channels_out in enumerate(channels):
         channels_in = channels[max(level - 1, 0)]
@@ -133,8 +76,9 @@ def decode_flops(vae: VaeSpec, width: int, height: int) -> float:
         convolutions = channels_in * channels_out + (2 * vae.layers_per_block + 1) * channels_out**2
         upsampler = 4 * channels_out**2 if level < len(channels) - 1 else 0
         flops += 18 * pixels * (convolutions + upsampler)
-    middle = channels[0] ** 2 * 4 * (width // vae.spatial_factor) * (height // vae.spatial_factor)
-    return flops + 18 * middle
+    latents = (width // vae.spatial_factor) * (height // vae.spatial_factor)
+    flops += 18 * latents * 4 * channels[0] ** 2
+    return flops + (4 * latents**2 * channels[0] if vae.mid_attention else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,28 +90,31 @@ class Timeline:
 
 
 def timeline(compute_s: Sequence[float], copy_s: Sequence[float], slots: int) -> Timeline:
-    """Simulate two rounds over the blocks on one copy engine and one compute stream; report the second.
+    """Simulate a few rounds over the blocks on one copy engine and one compute stream; report the last.
 
-    Copies are made in order; the copy for the k-th streamed use may start when the previous copy is done and the slot is
-    free, that is when the use ``slots`` before it has been computed. Resident blocks have a copy time of 0 and no slot.
+    Copies are made in order; the copy for the k-th streamed use may start when the previous copy is done and the slot
+    is free, that is when the use ``slots`` before it has been computed. Resident blocks have a copy time of 0 and no slot.
     """
-    copy_done = compute_done = 0.0
-    released: list[float] = []
-    round_end = waiting = 0.0
-    for _ in range(2):
+    if not any(copy_s):
+        return Timeline(sum(compute_s), 0.0)
+    copy_done = compute_done = waiting = round_start = 0.0
+    released = [0.0] * slots  # when each slot's last use was computed
+    use = 0
+    for _ in range(ROUNDS_SIMULATED):
         round_start, waiting = compute_done, 0.0
         for compute, copy in zip(compute_s, copy_s, strict=True):
-            ready = compute_done
             if copy > 0:
-                free_at = released[-slots] if len(released) >= slots else 0.0
-                copy_done = max(copy_done, free_at) + copy
-                ready = max(compute_done, copy_done)
-            waiting += ready - compute_done
-            compute_done = ready + compute
-            if copy > 0:
-                released.append(compute_done)
-        round_end = compute_done - round_start
-    return Timeline(round_end, waiting)
+                slot = use % slots
+                copy_done = max(copy_done, released[slot]) + copy
+                if copy_done > compute_done:
+                    waiting += copy_done - compute_done
+                    compute_done = copy_done
+                compute_done += compute
+                released[slot] = compute_done
+                use += 1
+            else:
+                compute_done += compute
+    return Timeline(compute_done - round_start, waiting)
 
 
 def copy_seconds(placement: Placement, block_bytes: int, hardware: Hardware) -> float:
@@ -199,149 +146,168 @@ def stage_cost(stage: StagePlan, model: ModelSpec, workload: Workload, hardware:
     return _decode_cost(stage, model, workload, hardware)
 
 
+def block_sizes(stage: StagePlan, model: ModelSpec) -> list[int]:
+    """Stored bytes of each block of the stage's component in its weight format, in the order of use."""
+    fmt = FORMATS[stage.weight_format]
+    if stage.stage == "decode":
+        return []
+    if stage.stage == "encode":
+        return [fmt.block_bytes(model.text_encoder.layer)] * model.text_encoder.layers_used
+    dims = model.transformer
+    return [fmt.block_bytes(dims.double_block)] * dims.num_double + [
+        fmt.block_bytes(dims.single_block)
+    ] * dims.num_single
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """What a stage loads and works on besides its blocks. Bytes, and seconds of its time line.
+
+    Args:
+        kept_bytes: non-block weights that stay on the device for the whole stage.
+        activation_bytes: with the format's transient.
+        once_bytes: weights and tensors that live on the device before any block is loaded, and are dropped again.
+        once_staging_bytes: host memory that those pass through.
+        host_bytes: tensors that the stage takes or leaves in RAM.
+        rounds: passes over the blocks.
+        round_s, waiting_s: of one round.
+    """
+
+    kept_bytes: int
+    activation_bytes: int
+    once_bytes: int = 0
+    once_staging_bytes: int = 0
+    host_bytes: int = 0
+    rounds: int = 1
+    round_s: float = 0.0
+    waiting_s: float = 0.0
+
+
+def _line(stage: StagePlan, sizes: Sequence[int], compute_s: Sequence[float], hardware: Hardware) -> Timeline:
+    seconds = {
+        (placement, size): copy_seconds(placement, size, hardware) for placement in Placement for size in set(sizes)
+    }
+    copies = [seconds[pair] for pair in zip(stage.block_placements, sizes, strict=True)]
+    return timeline(compute_s, copies, max(stage.slots, 1))
+
+
 def _denoise_cost(stage: StagePlan, model: ModelSpec, workload: Workload, hardware: Hardware) -> StageCost:
     fmt, dims = FORMATS[stage.weight_format], model.transformer
-    dtype_bytes = DTYPE_BYTES[stage.compute_dtype]
-    blocks = dims.blocks
-    rate = compute_rate(hardware, stage.compute_dtype)
-    double_s = double_block_seconds(model, workload, stage.batch_size, hardware, rate)
-    single_s = single_block_seconds(model, workload, stage.batch_size, hardware, rate)
-    overhead = hardware.block_overhead_s
-    compute = [
-        workload.guidance_passes * ((double_s if block.kind == "double" else single_s) + overhead) for block in blocks
-    ]
-    bytes_each = [fmt.block_bytes(block) for block in blocks]
-    copies = [
-        copy_seconds(placement, size, hardware)
-        for placement, size in zip(stage.block_placements, bytes_each, strict=True)
-    ]
-    line = timeline(compute, copies, max(stage.slots, 1))
-    rounds = -(-workload.num_images // stage.batch_size) * workload.steps
-    activation = denoise_activation_bytes(model, workload, stage.batch_size, dtype_bytes, stage.chunk_tokens)
-    activation += max(fmt.transient_bytes(block) for block in blocks)
+    dtype_bytes, batch, passes = DTYPE_BYTES[stage.compute_dtype], stage.batch_size, workload.guidance_passes
+    rate, overhead_s = compute_rate(hardware, stage.compute_dtype), hardware.block_overhead_s
+    double, single, attention = block_flops(model, workload, batch)
+    attention_s = attention / hardware.attention_flops_per_s
+    double_s = passes * (double / rate + attention_s + overhead_s)
+    single_s = passes * (single / rate + attention_s + overhead_s)
+    compute = [double_s] * dims.num_double + [single_s] * dims.num_single
+    sizes = block_sizes(stage, model)
+    line = _line(stage, sizes, compute, hardware)
+    transient = max(fmt.transient_bytes(dims.double_block), fmt.transient_bytes(dims.single_block))
+    text_input = passes * workload.text_tokens * dims.joint_dim * dtype_bytes
+    largest_embedder = max(6 * dims.hidden_size, dims.joint_dim) * dims.hidden_size
+    noise = workload.num_images * workload.image_tokens * dims.in_channels * dtype_bytes
     return _assemble(
         stage,
-        fmt,
+        sizes,
         hardware,
-        blocks,
-        # Embedders and modulation run once per generation, before any block is loaded, and are dropped again.
-        once_bytes=fmt.plain_bytes(dims.conditioning_weights),
-        non_block_bytes=fmt.plain_bytes(dims.remaining_non_block_weights),
-        activation=activation,
-        run_s=rounds * (line.step_s + 4 * overhead),
-        waiting_s=rounds * line.waiting_s,
-        uses=rounds,
+        _Load(
+            kept_bytes=fmt.plain_bytes(dims.remaining_non_block_weights),
+            activation_bytes=denoise_activation_bytes(model, workload, batch, dtype_bytes, stage.chunk_tokens)
+            + transient,
+            once_bytes=fmt.plain_bytes(dims.conditioning_weights)
+            + conditioning_bytes(model, workload, dtype_bytes)
+            + batch * text_input,
+            once_staging_bytes=fmt.plain_bytes(largest_embedder),
+            host_bytes=workload.num_images * text_input + 2 * noise,
+            rounds=-(-workload.num_images // batch) * workload.steps,
+            round_s=line.step_s + STEP_OVERHEADS * overhead_s,
+            waiting_s=line.waiting_s,
+        ),
     )
 
 
 def _encode_cost(stage: StagePlan, model: ModelSpec, workload: Workload, hardware: Hardware) -> StageCost:
     fmt, dims = FORMATS[stage.weight_format], model.text_encoder
-    dtype_bytes = DTYPE_BYTES[stage.compute_dtype]
-    blocks = dims.blocks
+    dtype_bytes, passes = DTYPE_BYTES[stage.compute_dtype], workload.guidance_passes
     tokens = stage.batch_size * workload.text_tokens
-    rate = compute_rate(hardware, stage.compute_dtype)
     attention = 4 * stage.batch_size * workload.text_tokens**2 * dims.num_heads * dims.head_dim
-    compute = [
-        workload.guidance_passes
-        * (
-            2 * block.linear_weights * tokens / rate
-            + attention / hardware.attention_flops_per_s
-            + hardware.block_overhead_s
-        )
-        for block in blocks
-    ]
-    copies = [
-        copy_seconds(placement, fmt.block_bytes(block), hardware)
-        for placement, block in zip(stage.block_placements, blocks, strict=True)
-    ]
-    line = timeline(compute, copies, max(stage.slots, 1))
-    passes = -(-workload.num_prompts // stage.batch_size)
-    activation = encode_activation_bytes(model, workload, stage.batch_size, dtype_bytes)
-    activation += max(fmt.transient_bytes(block) for block in blocks)
+    layer_s = passes * (
+        2 * dims.layer.linear_weights * tokens / compute_rate(hardware, stage.compute_dtype)
+        + attention / hardware.attention_flops_per_s
+        + hardware.block_overhead_s
+    )
+    sizes = block_sizes(stage, model)
+    line = _line(stage, sizes, [layer_s] * dims.layers_used, hardware)
+    embeddings = workload.num_prompts * passes * workload.text_tokens * dims.joint_dim * dtype_bytes
     return _assemble(
         stage,
-        fmt,
+        sizes,
         hardware,
-        blocks,
-        # The embedding stays on the host as it is stored on disk: only the prompt's rows are read.
-        non_block_bytes=0,
-        activation=activation,
-        run_s=passes * line.step_s,
-        waiting_s=passes * line.waiting_s,
-        uses=passes,
+        _Load(
+            kept_bytes=0,  # the embedding stays in its file: only the prompts' rows are read
+            activation_bytes=encode_activation_bytes(model, workload, stage.batch_size, dtype_bytes)
+            + fmt.transient_bytes(dims.layer),
+            host_bytes=2 * embeddings,
+            rounds=-(-workload.num_prompts // stage.batch_size),
+            round_s=line.step_s,
+            waiting_s=line.waiting_s,
+        ),
     )
 
 
 def _decode_cost(stage: StagePlan, model: ModelSpec, workload: Workload, hardware: Hardware) -> StageCost:
-    fmt, dims = FORMATS[stage.weight_format], model.vae
+    fmt, vae = FORMATS[stage.weight_format], model.vae
     dtype_bytes = DTYPE_BYTES[stage.compute_dtype]
-    flops = decode_flops(dims, workload.width, workload.height)
-    if stage.tile_px:
-        flops *= tiled_pixels_ratio(workload.width, workload.height, stage.tile_px)
-    # Convolutions reach about half of the matmul rate (assumed; calibration replaces it).
-    run_s = workload.num_images * (
-        flops / (compute_rate(hardware, stage.compute_dtype) / 2) + 20 * hardware.block_overhead_s
-    )
+    flops = decode_flops(vae, workload.width, workload.height)
+    flops *= tiled_pixels_ratio(workload.width, workload.height, stage.tile_px)
+    rate = CONVOLUTION_SHARE * compute_rate(hardware, stage.compute_dtype)
+    picture = vae.out_channels * workload.width * workload.height * dtype_bytes
     return _assemble(
         stage,
-        fmt,
-        hardware,
         (),
-        non_block_bytes=fmt.plain_bytes(dims.decoder_weights),
-        activation=decode_activation_bytes(dims, workload.width, workload.height, stage.tile_px, dtype_bytes),
-        run_s=run_s,
-        waiting_s=0.0,
-        uses=1,
+        hardware,
+        _Load(
+            kept_bytes=fmt.plain_bytes(vae.decoder_weights),
+            activation_bytes=decode_activation_bytes(vae, workload.width, workload.height, stage.tile_px, dtype_bytes),
+            host_bytes=2 * workload.num_images * picture,
+            rounds=workload.num_images,
+            round_s=flops / rate + DECODER_OVERHEADS * hardware.block_overhead_s,
+        ),
     )
 
 
-def tiled_pixels_ratio(width: int, height: int, tile_px: int) -> float:
-    """Pixels decoded in tiles over pixels of the picture (a quarter of each tile overlaps its neighbour)."""
-    step = tile_px - tile_px // 4
-    across = sum(min(tile_px, width - x) for x in range(0, width, step))
-    down = sum(min(tile_px, height - y) for y in range(0, height, step))
-    return across * down / (width * height)
-
-
-def _assemble(
-    stage: StagePlan,
-    fmt: WeightFormat,
-    hardware: Hardware,
-    blocks: Sequence[BlockSpec],
-    *,
-    non_block_bytes: int,
-    activation: int,
-    once_bytes: int = 0,
-    run_s: float,
-    waiting_s: float,
-    uses: int,
-) -> StageCost:
+def _assemble(stage: StagePlan, sizes: Sequence[int], hardware: Hardware, load: _Load) -> StageCost:
     """Add up what all stages share: placements, slots, host side, load time."""
-    at: dict[Placement, int] = dict.fromkeys(Placement, 0)
-    largest = streamed_largest = 0
-    for placement, block in zip(stage.block_placements, blocks, strict=True):
-        size = fmt.block_bytes(block)
-        at[placement] += size
-        largest = max(largest, size)
-        if placement is not Placement.GPU:
-            streamed_largest = max(streamed_largest, size)
-    resident = at[Placement.GPU] + non_block_bytes
-    slots = stage.slots * streamed_largest
-    activation = max(activation, once_bytes - at[Placement.GPU] - slots)
-    pinned = at[Placement.PINNED]
+    fmt = FORMATS[stage.weight_format]
     on_host = hardware.device == "cpu"
+    at: dict[Placement, int] = dict.fromkeys(Placement, 0)
+    resident_largest = streamed_largest = 0
+    for (placement, size), count in Counter(zip(stage.block_placements, sizes, strict=True)).items():
+        at[placement] += count * size
+        if placement is Placement.GPU:
+            resident_largest = max(resident_largest, size)
+        else:
+            streamed_largest = max(streamed_largest, size)
+    resident = at[Placement.GPU] + load.kept_bytes
+    slots = stage.slots * streamed_largest
+    # The once-per-generation weights come before any block: they count where they need more than what follows.
+    activation = max(load.activation_bytes, load.once_bytes - at[Placement.GPU] - slots)
     margin = margin_bytes(activation, resident + slots)
-    ring = stage.slots * streamed_largest if at[Placement.DISK] and not on_host else 0
-    host = LIBRARIES_HOST_BYTES + at[Placement.PAGEABLE]
+    pinned = at[Placement.PINNED]
+    ring = slots if at[Placement.DISK] and not on_host else 0
+    host = LIBRARIES_HOST_BYTES + READ_BUFFER_BYTES + load.host_bytes + at[Placement.PAGEABLE]
     if on_host:
         host += resident + slots + activation + margin
     else:
-        host += CUDA_HOST_BYTES + min(largest or non_block_bytes, 256 * MIB)  # read buffer while loading
-    streamed_bytes = sum(at.values()) - at[Placement.GPU]
-    loaded = resident + once_bytes + at[Placement.PINNED] + at[Placement.PAGEABLE]
+        # A resident block passes through host memory as a whole, while the arenas are there.
+        arenas = pinned + ring + at[Placement.PAGEABLE] + resident_largest
+        host += CUDA_HOST_BYTES + resident_largest + max(0, load.once_staging_bytes - arenas)
+    loaded = resident + load.once_bytes + pinned + at[Placement.PAGEABLE]
     load_s = loaded / hardware.disk_read_bytes_per_s
     if not on_host:
-        load_s += pinned / hardware.pin_bytes_per_s + resident / hardware.h2d_pageable_bytes_per_s
+        load_s += (pinned + ring) / hardware.pin_bytes_per_s + resident / hardware.h2d_pageable_bytes_per_s
+    run_s = load.rounds * load.round_s
+    streamed = sum(at.values()) - at[Placement.GPU]
     return StageCost(
         resident_bytes=resident,
         slot_bytes=slots,
@@ -350,12 +316,12 @@ def _assemble(
         context_bytes=0 if on_host else hardware.context_bytes,
         host_pinned_bytes=pinned + ring,
         host_bytes=host,
-        disk_bytes=loaded + uses * at[Placement.DISK],
-        h2d_bytes=0 if on_host else resident + uses * streamed_bytes,
+        disk_bytes=loaded + load.rounds * at[Placement.DISK],
+        h2d_bytes=0 if on_host else resident + load.rounds * streamed,
         load_s=load_s,
         run_s=run_s,
         time_s=load_s + run_s,
-        waiting_s=waiting_s,
+        waiting_s=load.rounds * load.waiting_s,
         fidelity_error=fmt.weight_error,
         fidelity_provenance=fmt.provenance,
         on_host=on_host,

@@ -23,7 +23,8 @@ def _headline(plan: Plan) -> Text:
     text = Text()
     text.append(f"{plan.model} on {plan.profile}", style="bold")
     text.append(
-        f": {work.num_images} image{'s' if work.num_images > 1 else ''} of {work.width}x{work.height}, {work.steps} steps"
+        f": {work.num_images} image{'s' if work.num_images > 1 else ''} of {work.width}x{work.height}, "
+        f"{work.steps} step{'s' if work.steps > 1 else ''}"
         f"{', two guidance passes' if work.guidance_passes == 2 else ''}, {work.text_tokens} text tokens, "
         f"prefer {plan.prefer}\n"
     )
@@ -32,7 +33,7 @@ def _headline(plan: Plan) -> Text:
         promise.insert(0, f"peak VRAM {format_bytes(plan.peak_vram_bytes)} of {format_bytes(plan.limits.vram_bytes)}")
     promise.append(f"about {format_seconds(plan.time_s)}")
     promise.append(
-        f"weight error {plan.fidelity_error:.3f}" if plan.fidelity_error else "weights exact (the checkpoint's own)"
+        f"weight error {plan.fidelity_error:.2g}" if plan.fidelity_error else "weights exact (the checkpoint's own)"
     )
     text.append("predicted: " + ", ".join(promise))
     for missing in plan.not_executable:
@@ -42,7 +43,7 @@ def _headline(plan: Plan) -> Text:
 
 def _stages(plan: Plan) -> Table:
     table = Table(show_edge=False, pad_edge=False)
-    for heading in ("stage", "weights", "compute", "blocks gpu/pinned/pageable/disk", "batch", "load", "run"):
+    for heading in ("stage", "weights", "compute", "blocks gpu/pin/page/disk", "batch", "load", "run"):
         table.add_column(heading, justify="left" if heading in ("stage", "weights", "compute") else "right")
     for stage in plan.stages:
         counts = "/".join(str(stage.count(placement)) for placement in Placement) if stage.block_placements else "whole"

@@ -1,7 +1,7 @@
 """The weight formats: bytes with scales, compute class, transient, least GPU, and what each costs in fidelity.
 
-The *stored* format is not the compute dtype: int8 and nf4 here are storage; a Linear's weight is expanded to the compute
-dtype for its matmul (the transient) and dropped again.
+The *stored* format is not the compute dtype: int8 and nf4 here are storage; a Linear's weight is expanded to the
+compute dtype for its matmul (the transient) and dropped again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class WeightFormat:
 
     @property
     def is_quantized(self) -> bool:
-        return self.name not in ("fp32", "fp16", "bf16")
+        return self.name not in PLAIN_FORMATS
 
     def block_bytes(self, block: BlockSpec) -> int:
         """Stored bytes of one block, scales included (alignment padding is under 0.01 % at full size)."""
@@ -58,7 +58,11 @@ def _aligned(size_bytes: float) -> int:
     return -int(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-_EXACT = "exact: the checkpoint's own bf16 values (fp16 rounds those beyond its range)"
+PLAIN_FORMATS = ("fp32", "fp16", "bf16")
+"""Unquantized: these rest in the compute dtype."""
+
+_EXACT = "exact: the checkpoint's own bf16 values"
+_FP16 = "assumed: fp16 keeps more digits than bf16, but values beyond its range are clipped or lost"
 _WEIGHT_TABLE = "relative weight error on Gaussian weights, measured 2026 on CPU; not yet an error of latents"
 
 # int8: one bf16 scale per output row. fp8: cast, no scales. nf4: fp32 absmax per 64 weights, itself quantized to 8 bits
@@ -69,7 +73,7 @@ FORMATS: dict[str, WeightFormat] = {
     for fmt in (
         WeightFormat("fp32", 4, 4, 0, None, 0.0, _EXACT),
         WeightFormat("bf16", 2, 2, 0, (8, 0), 0.0, _EXACT),
-        WeightFormat("fp16", 2, 2, 0, None, 0.0002, _EXACT),
+        WeightFormat("fp16", 2, 2, 0, None, 0.0002, _FP16),
         WeightFormat("int8", 1 + 2 / 4096, 2, 3.0, None, 0.008, _WEIGHT_TABLE),
         WeightFormat("fp8", 1, 2, 3.0, None, 0.033, _WEIGHT_TABLE),
         WeightFormat("nf4", 0.5 + 1 / 64 + 4 / (64 * 256), 2, 4.6, None, 0.092, _WEIGHT_TABLE),

@@ -13,7 +13,8 @@ from lowmem_flux2.planning.advice import closest_fits
 from lowmem_flux2.planning.detect import available_ram_bytes, detect
 from lowmem_flux2.planning.hardware import Hardware, load_profile
 from lowmem_flux2.planning.plan import Plan, check_replay
-from lowmem_flux2.planning.planner import Selection, make_plan
+from lowmem_flux2.planning.planner import make_plan
+from lowmem_flux2.planning.selection import Selection, with_ram_for
 from lowmem_flux2.planning.sources import ModelSource
 from lowmem_flux2.planning.support import SUPPORTED, Support
 from lowmem_flux2.planning.workload import Request, workload_of
@@ -23,17 +24,25 @@ AUTO = "auto"
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The hardware to plan for, the profile's name, and whether it was detected (then RAM in use now counts)."""
+    """The hardware to plan for.
+
+    Args:
+        profile: its name, for people.
+        detected: it is this machine (then RAM in use now counts).
+        argument: what ``--profile`` was given, so that printed commands mean the same machine.
+    """
 
     hardware: Hardware
     profile: str
     detected: bool
+    argument: str = AUTO
 
 
 def resolve_machine(profile: str, device: str, max_ram_bytes: int | None = None) -> Machine:
     """Find the hardware: ``auto`` looks at this machine, anything else is a shipped profile or a TOML file.
 
-    A named profile's RAM is an assumption about a typical machine, so ``max_ram_bytes`` replaces it.
+    A named profile's RAM is an assumption about a typical machine, so ``max_ram_bytes`` replaces it: a machine is
+    planned for that has so much for us, besides the system's share.
 
     Raises:
         ProfileError, UsageError: unknown profile; a device that contradicts it.
@@ -45,15 +54,8 @@ def resolve_machine(profile: str, device: str, max_ram_bytes: int | None = None)
     if device != AUTO and not device.startswith(hardware.device):
         raise UsageError(f"--device {device} contradicts --profile {profile}, which is a {hardware.device} profile")
     if max_ram_bytes is not None:
-        pinnable = hardware.pinnable_bytes * max_ram_bytes // hardware.ram_bytes
-        source = {"ram_bytes": "--max-ram", "pinnable_bytes": "in proportion to --max-ram"}
-        hardware = replace(
-            hardware,
-            ram_bytes=max_ram_bytes,
-            pinnable_bytes=pinnable,
-            provenance={**hardware.provenance, **source},
-        )
-    return Machine(hardware, hardware.name, detected=False)
+        hardware = with_ram_for(hardware, max_ram_bytes)
+    return Machine(hardware, hardware.name, detected=False, argument=profile)
 
 
 def plan_job(
@@ -82,7 +84,7 @@ def plan_job(
     try:
         return make_plan(source.spec, workload, machine.hardware, selection, profile=machine.profile, support=support)
     except DoesNotFit as error:
-        closest = closest_fits(source.spec, workload, machine.hardware, selection, machine.profile)
+        closest = closest_fits(source.spec, workload, machine.hardware, selection, machine.argument, support=support)
         raise DoesNotFit(error.stage, error.resource, error.needed_bytes, error.available_bytes, closest) from None
 
 

@@ -8,27 +8,28 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from lowmem_flux2.errors import PlanMismatch, UsageError
+from lowmem_flux2.planning.formats import COMPUTE_DTYPES, FORMATS
 from lowmem_flux2.planning.hardware import Hardware
+from lowmem_flux2.planning.models import Component
 from lowmem_flux2.planning.workload import Workload
 from lowmem_flux2.units import format_bytes
 
 SCHEMA_VERSION = 1
 
 Stage = Literal["encode", "denoise", "decode"]
-Component = Literal["text_encoder", "transformer", "vae"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 class Placement(StrEnum):
-    """Where a block's weights rest between its uses. On ``device=cpu``, ``gpu`` means resident in working memory."""
+    """Where a block's weights rest between uses. On ``device=cpu``, ``gpu`` means resident in working memory."""
 
     GPU = "gpu"
     PINNED = "pinned"
@@ -40,8 +41,10 @@ class Placement(StrEnum):
 class StageCost:
     """Predicted cost of one stage. Sizes in bytes, times in seconds.
 
-    ``host_bytes`` counts everything resident in RAM that is not pinned: Python and libraries, the pageable arena, and on
-    ``device=cpu`` the resident weights, slots and activations too. ``time_s`` is ``load_s + run_s``.
+    ``host_bytes`` counts everything resident in RAM that is not pinned: Python and libraries, the pageable arena, what
+    loading passes through, the stage's results, and on ``device=cpu`` the resident weights, slots and activations too.
+    ``activation_bytes`` includes the format's transient, and the conditioning weights where they need more than what
+    comes after them. ``time_s`` is ``load_s + run_s``; ``waiting_s`` is the part of ``run_s`` that computes nothing.
     """
 
     resident_bytes: int = 0
@@ -117,10 +120,11 @@ class StagePlan:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The budgets a plan was made for: caps of the whole process, after reserves."""
+    """The budgets a plan was made for: caps of the whole process, after reserves; ``pinnable_bytes`` lies in RAM."""
 
     vram_bytes: int
     ram_bytes: int
+    pinnable_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +191,7 @@ class Plan:
         Raises:
             UsageError: not a plan of this schema; says which key.
         """
-        if not isinstance(raw, dict) or "stages" not in raw:
+        if not isinstance(raw, dict) or not isinstance(raw.get("stages"), list):
             raise UsageError(f"{source}: not a plan file (no 'stages'); write one with: lowmem-flux2 plan --json")
         if raw.get("schema_version") != SCHEMA_VERSION:
             raise UsageError(
@@ -196,11 +200,26 @@ class Plan:
         kept = {key: value for key, value in raw.items() if key != "predicted"}
         kept["stages"] = [_without_derived(stage) for stage in raw["stages"]]
         try:
-            return _PLAN.validate_python(kept)
+            plan = _PLAN.validate_python(kept)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise UsageError(f"{source}: {where}: {first['msg']}") from None
+        _check_names(plan, source)
+        return plan
+
+
+def _check_names(plan: Plan, source: str) -> None:
+    """What types cannot say: the three stages in order, in formats that exist."""
+    if tuple(stage.stage for stage in plan.stages) != STAGES:
+        raise UsageError(f"{source}: stages: must be {', '.join(STAGES)}, in this order")
+    for index, stage in enumerate(plan.stages):
+        if stage.weight_format not in FORMATS:
+            known = ", ".join(FORMATS)
+            raise UsageError(f"{source}: stages.{index}.weight_format: {stage.weight_format!r} is none of {known}")
+        if stage.compute_dtype not in COMPUTE_DTYPES:
+            known = ", ".join(COMPUTE_DTYPES)
+            raise UsageError(f"{source}: stages.{index}.compute_dtype: {stage.compute_dtype!r} is none of {known}")
 
 
 def _without_derived(stage: Any) -> Any:
@@ -212,8 +231,9 @@ def _without_derived(stage: Any) -> Any:
     return kept
 
 
-for _noun in (StageCost, StagePlan, Limits, Plan, Workload, Hardware):
-    _noun.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+_NOUNS: tuple[Any, ...] = (StageCost, StagePlan, Limits, Plan, Workload, Hardware)
+for _noun in _NOUNS:
+    _noun.__pydantic_config__ = ConfigDict(extra="forbid")
 _PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)
 
 
@@ -251,9 +271,3 @@ def check_replay(plan: Plan, model: str, workload: Workload, hardware: Hardware,
             differences.append(f"{key}: plan needs {format_bytes(needed)}, here {format_bytes(available)}")
     if differences:
         raise PlanMismatch(f"{source} was made for something else:\n  " + "\n  ".join(differences))
-
-
-def alternate(total: int, chosen: Sequence[int], there: Placement, elsewhere: Placement) -> tuple[Placement, ...]:
-    """``total`` placements: ``there`` at the chosen indices, ``elsewhere`` at the others."""
-    marked = set(chosen)
-    return tuple(there if index in marked else elsewhere for index in range(total))

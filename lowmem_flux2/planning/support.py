@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.plan import StagePlan
 
 
@@ -30,8 +31,4 @@ class Support:
 SUPPORTED = Support(
     weight_formats=frozenset({"fp32", "fp16", "bf16"}), step_caches=frozenset({"off"}), chunk_tokens=False
 )
-EVERYTHING = Support(
-    weight_formats=frozenset({"fp32", "fp16", "bf16", "int8", "fp8", "nf4", "int4"}),
-    step_caches=frozenset({"off"}),
-    chunk_tokens=True,
-)
+EVERYTHING = Support(weight_formats=frozenset(FORMATS), step_caches=frozenset({"off"}), chunk_tokens=True)

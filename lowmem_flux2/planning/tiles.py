@@ -25,3 +25,11 @@ def tile_is_sound(width: int, height: int, tile_px: int) -> bool:
         for side in (width, height)
         for _, length in tile_starts(side, tile_px)
     )
+
+
+def tiled_pixels_ratio(width: int, height: int, tile_px: int) -> float:
+    """Pixels decoded in tiles over pixels of the picture: overlaps are decoded twice. 1 untiled."""
+    if not tile_px:
+        return 1.0
+    across, down = (sum(length for _, length in tile_starts(side, tile_px)) for side in (width, height))
+    return across * down * SPATIAL_FACTOR**2 / (width * height)

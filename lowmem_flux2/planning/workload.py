@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,9 +12,11 @@ from lowmem_flux2.planning.models import ModelSpec
 Preference = Literal["quality", "balanced", "speed", "memory"]
 
 MAX_SIDE_PX = 4096
-MAX_PIXELS = 4096 * 4096
 MAX_STEPS = 1000
 MAX_IMAGES = 1024
+MAX_SEED = 2**63 - 1
+MAX_GUIDANCE = 100
+MAX_TEXT_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +132,12 @@ def make_request(
     _checked_side("height", height, model.size_multiple)
     if not 1 <= steps <= MAX_STEPS:
         raise UsageError(f"steps must be 1 to {MAX_STEPS}, not {steps}")
-    if not 0 <= guidance <= 100:
-        raise UsageError(f"guidance must be 0 to 100, not {guidance:g}")
+    if not 0 <= guidance <= MAX_GUIDANCE:
+        raise UsageError(f"guidance must be 0 to {MAX_GUIDANCE}, not {guidance:g}")
     if num_images_per_prompt < 1 or num_images_per_prompt * len(prompts) > MAX_IMAGES:
         raise UsageError(f"the number of images must be 1 to {MAX_IMAGES}")
-    if not 1 <= length <= 2048:
-        raise UsageError(f"max-sequence-length must be 1 to 2048 tokens, not {length}")
+    if not 1 <= length <= MAX_TEXT_TOKENS:
+        raise UsageError(f"max-sequence-length must be 1 to {MAX_TEXT_TOKENS} tokens, not {length}")
     if negative_prompt is not None and guidance_passes(model, guidance) == 1:
         why = (
             "its guidance is embedded"
@@ -154,3 +157,11 @@ def make_request(
         num_images_per_prompt=num_images_per_prompt,
         max_sequence_length=length,
     )
+
+
+def image_seeds(seed: int | None, count: int) -> list[int]:
+    """``seed + i`` for image i; a seed is drawn where none is given."""
+    first = secrets.randbelow(2**31) if seed is None else seed
+    if not 0 <= first <= MAX_SEED - count:
+        raise UsageError(f"the seed must be 0 to {MAX_SEED - count}, not {first}")
+    return [first + index for index in range(count)]

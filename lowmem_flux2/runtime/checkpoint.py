@@ -8,6 +8,7 @@ ours to choose (safetensors data starts at 24 mod 64 bytes, where Linear kernels
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -39,10 +40,14 @@ class TensorFile:
         self.folder = folder
         self._places: dict[str, tuple[SafetensorsHeader, TensorInfo]] = {}
         self._descriptors: dict[Path, int] = {}
-        for header in component_headers(folder):
-            for name, info in header.tensors.items():
-                self._places[name] = (header, info)
-            self._descriptors[header.path] = os.open(header.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            for header in component_headers(folder):
+                for name, info in header.tensors.items():
+                    self._places[name] = (header, info)
+                self._descriptors[header.path] = os.open(header.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> TensorFile:
         return self
@@ -77,8 +82,19 @@ class TensorFile:
         self._read_values(name, 0, destination.view(-1))
 
     def read_rows(self, name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Gather rows of a matrix: (n,) int64 -> (n, columns). A token embedding of 1.25 GiB is never loaded whole."""
+        """Gather rows of a matrix: (n,) int64 -> (n, columns). A token embedding of 1.25 GiB is never loaded whole.
+
+        Raises:
+            CheckpointBroken: no such tensor, not a matrix, a row it does not have, or the file ends early.
+        """
         info = self._info(name)
+        if len(info.shape) != 2:
+            raise CheckpointBroken(f"{self.folder}: tensor {name!r} has shape {list(info.shape)}, not rows and columns")
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < info.shape[0]:
+            raise CheckpointBroken(
+                f"{self.folder}: row {int(rows.max())} of {name!r} was asked for, it has {info.shape[0]}: "
+                "tokenizer and text encoder are of different models"
+            )
         columns = info.shape[1]
         gathered = torch.empty(len(rows), columns, dtype=dtype)
         for at, row in enumerate(rows.tolist()):
@@ -114,7 +130,24 @@ def _read_exactly(descriptor: int, destination: torch.Tensor, offset: int, path:
         return
     target = memoryview(destination.view(torch.uint8).numpy())
     while target.nbytes:
-        count = os.preadv(descriptor, [target], offset)
+        try:
+            count = _read_at(descriptor, target, offset)
+        except OSError as error:
+            raise CheckpointBroken(f"{path} cannot be read: {error}") from error
         if count == 0:
             raise CheckpointBroken(f"{path} ended early: it was changed or cut while it was read")
         target, offset = target[count:], offset + count
+
+
+_SEEK_LOCK = threading.Lock()
+
+
+def _read_at(descriptor: int, target: memoryview, offset: int) -> int:
+    """Read into ``target`` from ``offset``; how many bytes came. Without ``preadv`` (Windows), one reader at a time."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [target], offset)
+    with _SEEK_LOCK:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        read = os.read(descriptor, min(len(target), CONVERT_BYTES))
+    target[: len(read)] = read
+    return len(read)

@@ -10,6 +10,7 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKLFlux2, Flux2Pipeline
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 
+from lowmem_flux2.errors import NonFiniteLatents
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import StagePlan
 from lowmem_flux2.runtime.checkpoint import TensorFile
@@ -55,10 +56,18 @@ class Decoder:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, on_image: Callable[[], None]) -> torch.Tensor:
-        """VAE latents to pictures (images, 3, height, width) on the host, in about [-1, 1]."""
-        pictures = []
+        """VAE latents to pictures (images, 3, height, width) on the host, in about [-1, 1].
+
+        Raises:
+            NonFiniteLatents: a picture came out with NaN or infinity, which would be saved as black.
+        """
+        pictures: list[torch.Tensor] = []
         for one in latents.split(1):
-            pictures.append(self._vae.decode(one.to(self._device), return_dict=False)[0].to("cpu"))
+            picture = self._vae.decode(one.to(self._device), return_dict=False)[0].to("cpu")
+            if not bool(torch.isfinite(picture).all()):
+                hint = "try --dtype fp32" if picture.dtype is torch.float16 else "the VAE's weights may be broken"
+                raise NonFiniteLatents(f"decode: NaN or infinity in picture {len(pictures) + 1}; {hint}")
+            pictures.append(picture)
             on_image()
         return torch.cat(pictures)
 

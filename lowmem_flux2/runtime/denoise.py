@@ -8,7 +8,7 @@ are there, so true guidance costs no second transfer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import StagePlan
 from lowmem_flux2.planning.workload import Request
 from lowmem_flux2.runtime.checkpoint import TensorFile
-from lowmem_flux2.runtime.device import DTYPES
+from lowmem_flux2.runtime.device import DTYPES, release_memory
 from lowmem_flux2.runtime.streaming import BlockStreamer, load_module, unbind
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -57,8 +57,11 @@ def initial_latents(model: ModelSpec, request: Request, dtype: torch.dtype, gene
         if len(generators) != request.num_images:
             raise UsageError(f"{len(generators)} generators for {request.num_images} images: one each, or a single one")
         generators = list(generators)
-    noise: torch.Tensor = randn_tensor(shape, generator=generators, device=torch.device("cpu"), dtype=dtype)
-    return noise
+    first = generators[0] if isinstance(generators, list) else generators
+    # A CUDA generator draws on its GPU, as it does in the stock pipelines.
+    device = torch.device("cpu") if first is None else first.device
+    noise: torch.Tensor = randn_tensor(shape, generator=generators, device=device, dtype=dtype)
+    return noise.to("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +102,12 @@ class Denoiser:
         self._device = device
         self._dtype = DTYPES[stage.compute_dtype]
         self._warn = warn
-        self._files = TensorFile(folder / "transformer")
         config = Flux2Transformer2DModel.load_config(folder / "transformer")
         with init_empty_weights(include_buffers=False):
             self._transformer = Flux2Transformer2DModel.from_config(config).eval()
         self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
         self._streamer: BlockStreamer | None = None
-
-    @property
-    def pinned_bytes(self) -> int:
-        return self._streamer.pinned_bytes if self._streamer else 0
+        self._files = TensorFile(folder / "transformer")  # last: nothing after it can fail and leave it open
 
     @torch.no_grad()
     def denoise(
@@ -212,6 +211,7 @@ class Denoiser:
     def _drop(self, names: Sequence[str]) -> None:
         for name in names:
             unbind(self._transformer.get_submodule(name))
+        release_memory(self._device)  # else what they held stays reserved, in pieces too small for the arena
 
     def _load_blocks(self) -> None:
         net = self._transformer
@@ -274,7 +274,7 @@ class Denoiser:
         latents: torch.Tensor,
         passes: Sequence[_Pass],
         conditioning: _StepConditioning,
-        watch: Callable[[int, torch.Tensor], None] | None = None,
+        watch: Callable[[int, _Pass], None] | None = None,
     ) -> torch.Tensor:
         """The velocity for one step: (B, tokens, channels). Equal to Flux2Transformer2DModel.forward, with guidance."""
         net, streamer = self._transformer, self._streamer
@@ -290,7 +290,7 @@ class Denoiser:
                 else:
                     self._single(block, one, conditioning, first=index == doubles)
                 if watch is not None:
-                    watch(index, one.hidden)
+                    watch(index, one)
         predictions = []
         for one in passes:
             text_tokens = one.text.shape[1] if len(net.single_transformer_blocks) else 0
@@ -327,18 +327,29 @@ class Denoiser:
     def _explain_non_finite(
         self, step: int, latents: torch.Tensor, passes: Sequence[_Pass], conditioning: _StepConditioning
     ) -> None:
-        """Run the step again, looking after every block."""
+        """Run the step again, looking at what goes in and then after every block, at both streams."""
         names = [f"double-stream block {i}" for i in range(len(self._transformer.transformer_blocks))]
         names += [f"single-stream block {i}" for i in range(len(self._transformer.single_transformer_blocks))]
-        found: list[str] = []
+        entering = {
+            "the latents that it was given": [latents],
+            "the projected text embeddings": [one.text for one in passes],
+            "the timestep conditioning": [getattr(conditioning, field.name) for field in fields(conditioning)],
+            "the latents' projection": [self._transformer.x_embedder(latents.to(self._dtype))],
+        }
+        found = [name for name, tensors in entering.items() if not _finite(*tensors)][:1]
 
-        def watch(index: int, hidden: torch.Tensor) -> None:
-            if not found and not bool(torch.isfinite(hidden).all()):
+        def watch(index: int, one: _Pass) -> None:
+            if not found and not _finite(one.hidden, one.encoder_hidden):
                 found.append(names[index])
 
-        self._predict(latents, passes, conditioning, watch)
+        if not found:
+            self._predict(latents, passes, conditioning, watch)
         where = found[0] if found else "the output projection"
         hint = "try --dtype fp32" if self._dtype is torch.float16 else "the weights may be broken, or guidance too high"
         raise NonFiniteLatents(
             f"denoise: NaN or infinity at step {step + 1} of {self._request.num_inference_steps}, first in {where}; {hint}"
         )
+
+
+def _finite(*tensors: torch.Tensor) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

@@ -7,6 +7,7 @@ are never built, never read; the token embedding stays in its file and only the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from accelerate import init_empty_weights
 from diffusers.pipelines.flux2.pipeline_flux2 import SYSTEM_MESSAGE, format_input
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from lowmem_flux2.errors import CheckpointBroken
@@ -93,24 +95,27 @@ class TextEncoder:
         self._device = device
         self._dtype = DTYPES[stage.compute_dtype]
         self._tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        self._files = TensorFile(folder / "text_encoder")
         self._decoder = _decoder_on_meta(folder / "text_encoder", model)
         self._decoder.rotary_emb.to(device)
-        self._root = _decoder_prefix(self._files)
         used = self._decoder.layers
-        self.streamer = BlockStreamer(
-            blocks=list(used),
-            prefixes=[f"{self._root}layers.{index}." for index in range(len(used))],
-            placements=stage.block_placements,
-            files=self._files,
-            dtype=DTYPES[stage.weight_format],
-            device=device,
-            slots=stage.slots,
-            warn=warn,
-        )
-        if model.text_encoder.num_layers == model.text_encoder.layers_used:
-            # transformers overwrites the last hidden state with the normed one, so here the norm is part of the tap.
-            load_module(self._decoder.norm, f"{self._root}norm.", self._files, self._dtype, device)
+        with ExitStack() as undo:
+            self._files = TensorFile(folder / "text_encoder")
+            undo.callback(self._files.close)
+            self._root = _decoder_prefix(self._files)
+            if model.text_encoder.num_layers == model.text_encoder.layers_used:
+                # transformers overwrites the last hidden state with the normed one: here the norm is part of the tap.
+                load_module(self._decoder.norm, f"{self._root}norm.", self._files, self._dtype, device)
+            self.streamer = BlockStreamer(
+                blocks=list(used),
+                prefixes=[f"{self._root}layers.{index}." for index in range(len(used))],
+                placements=stage.block_placements,
+                files=self._files,
+                dtype=DTYPES[stage.weight_format],
+                device=device,
+                slots=stage.slots,
+                warn=warn,
+            )
+            undo.pop_all()
 
     @torch.no_grad()
     def encode(
@@ -183,7 +188,7 @@ def _decoder_on_meta(folder: Path, model: ModelSpec) -> nn.Module:
     config.num_hidden_layers = used
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:used]
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         decoder: nn.Module = Decoder(config)
     return decoder.eval()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import secrets
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,19 +17,18 @@ from PIL.Image import Image
 
 from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning.job import AUTO, Machine, plan_job, resolve_machine
-from lowmem_flux2.planning.plan import Plan
+from lowmem_flux2.planning.plan import Plan, check_replay
 from lowmem_flux2.planning.planner import Selection, StreamFrom
 from lowmem_flux2.planning.sources import ModelSource, resolve_model
-from lowmem_flux2.planning.workload import Preference, Request, make_request
+from lowmem_flux2.planning.workload import Preference, Request, image_seeds, make_request, workload_of
 from lowmem_flux2.report import ImageRecord, Report
 from lowmem_flux2.runtime.denoise import Generators, StepCallback
 from lowmem_flux2.runtime.download import with_weights
-from lowmem_flux2.runtime.executor import Executor, Inputs, Observer, Outcome, Silent
+from lowmem_flux2.runtime.executor import Executor, Inputs, Observer, Outcome, Silent, check_inputs
 from lowmem_flux2.units import parse_bytes
 from lowmem_flux2.version import __version__
 
 OutputType = Literal["pil", "np", "pt", "latent"]
-MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,12 +211,16 @@ class Engine:
             raise UsageError("give either prompt or prompt_embeds, and not both")
         if generator is not None and seed is not None:
             raise UsageError("give either seed or generator, and not both")
+        if latents is not None and seed is not None:
+            raise UsageError("give either seed or latents, and not both: latents are the noise that a seed would draw")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise UsageError(f"output_type {output_type!r}: one of pil, np, pt, latent")
         if sigmas is not None and num_inference_steps is None:
             num_inference_steps = len(sigmas)
         if prompt is None:
             assert prompt_embeds is not None
+            if prompt_embeds.ndim != 3:
+                raise UsageError(f"prompt_embeds have the shape {tuple(prompt_embeds.shape)}: (prompts, tokens, width)")
             prompt = ["(embeddings)"] * prompt_embeds.shape[0]
             max_sequence_length = int(prompt_embeds.shape[1])
         request = self.request(
@@ -242,6 +244,10 @@ class Engine:
             sigmas=sigmas,
             callback=callback_on_step_end,
         )
+        check_inputs(self._source.spec, request, inputs)
+        if plan is not None:
+            spec = self._source.spec
+            check_replay(plan, spec.name, workload_of(request, spec), self._machine.hardware, "the given plan")
         return self.run(request, plan or self.plan(request), inputs, seeds, output_type)
 
     def run(
@@ -280,14 +286,6 @@ class Engine:
             outcome.pictures, output_type=output_type
         )
         return images
-
-
-def image_seeds(seed: int | None, count: int) -> list[int]:
-    """``seed + i`` for image i; a seed is drawn where none is given."""
-    first = secrets.randbelow(2**31) if seed is None else seed
-    if not 0 <= first <= MAX_SEED - count:
-        raise UsageError(f"the seed must be 0 to {MAX_SEED - count}, not {first}")
-    return [first + index for index in range(count)]
 
 
 def versions() -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from lowmem_flux2.errors import NotExecutable
+from lowmem_flux2.errors import NotExecutable, UsageError
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Plan, Stage
 from lowmem_flux2.planning.workload import Request
@@ -84,6 +84,29 @@ class Inputs:
     pictures: bool = True
 
 
+def check_inputs(model: ModelSpec, request: Request, inputs: Inputs) -> None:
+    """Compare what the caller hands over with the request, before anything is fetched or loaded.
+
+    Raises:
+        UsageError: a wrong number of generators or sigmas, or a wrong shape.
+    """
+    given = inputs.generators
+    if isinstance(given, Sequence) and len(given) != request.num_images:
+        raise UsageError(f"{len(given)} generators for {request.num_images} images: one each, or a single one")
+    if inputs.sigmas is not None and len(inputs.sigmas) != request.num_inference_steps:
+        raise UsageError(f"{len(inputs.sigmas)} sigmas for {request.num_inference_steps} steps: give one a step")
+    multiple, channels = model.size_multiple, model.transformer.in_channels
+    shape = (request.num_images, channels, request.height // multiple, request.width // multiple)
+    if inputs.latents is not None and tuple(inputs.latents.shape) != shape:
+        raise UsageError(f"latents have the shape {tuple(inputs.latents.shape)}, this request needs {shape}")
+    width = model.text_encoder.joint_dim
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        embeds = getattr(inputs, name)
+        if embeds is not None and (embeds.ndim != 3 or embeds.shape[::2] != (len(request.prompts), width)):
+            needed = f"({len(request.prompts)}, tokens, {width})"
+            raise UsageError(f"{name} have the shape {tuple(embeds.shape)}, this request needs {needed}")
+
+
 class Executor:
     """One plan, one request, one model folder."""
 
@@ -125,7 +148,7 @@ class Executor:
             chunks = [prompts[at : at + stage.batch_size] for at in range(0, len(prompts), stage.batch_size)]
             with self._measured("encode", len(chunks) * len(stage.block_placements)) as loaded:
                 encoder = TextEncoder(self._folder, self._model, stage, self._device, self._event)
-                loaded(encoder.streamer.pinned_bytes)
+                loaded()
                 try:
                     made: list[list[torch.Tensor]] = []
                     for chunk in chunks:
@@ -158,7 +181,7 @@ class Executor:
                     negative,
                     sigmas=inputs.sigmas,
                     callback=inputs.callback,
-                    on_loaded=lambda: loaded(denoiser.pinned_bytes),
+                    on_loaded=loaded,
                     on_step=self._observer.advanced,
                 )
             finally:
@@ -170,7 +193,7 @@ class Executor:
         multiple = self._model.size_multiple
         with self._measured("decode", request.num_images) as loaded:
             decoder = Decoder(self._folder, self._model, stage, self._device)
-            loaded(0)
+            loaded()
             try:
                 latents = decoder.unpack(packed, request.height // multiple, request.width // multiple)
                 if inputs.pictures:
@@ -186,17 +209,16 @@ class Executor:
         self._observer.event(text)
 
     @contextmanager
-    def _measured(self, stage: Stage, total: int) -> Iterator[Callable[[int], None]]:
-        """Meter a stage and free what it leaves. Yields a function to call, with the pinned bytes, once it has loaded."""
+    def _measured(self, stage: Stage, total: int) -> Iterator[Callable[[], None]]:
+        """Meter a stage and free what it leaves. Yields a function to call once it has loaded."""
         self._observer.stage_started(stage, total)
         start = time.perf_counter()
         load_s = 0.0
-        pinned = 0
 
-        def loaded(pinned_bytes: int) -> None:
-            nonlocal load_s, pinned
+        def loaded() -> None:
+            nonlocal load_s
             synchronize(self._device)
-            load_s, pinned = time.perf_counter() - start, pinned_bytes
+            load_s = time.perf_counter() - start
 
         try:
             with measure(self._device, self._plan.hardware.context_bytes) as taken:
@@ -212,7 +234,7 @@ class Executor:
                 peak_vram_bytes=taken.peak_vram_bytes,
                 peak_allocated_bytes=taken.peak_allocated_bytes,
                 driver_used_bytes=taken.driver_used_bytes,
-                peak_ram_bytes=taken.peak_ram_bytes + pinned,
+                peak_ram_bytes=taken.peak_ram_bytes,
                 peak_rss_bytes=taken.peak_rss_bytes,
             )
         )

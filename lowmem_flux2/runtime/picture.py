@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import string
+import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,8 +43,11 @@ class OutputPattern:
         if "{" not in str(folder):
             if not folder.is_dir():
                 raise UsageError(f"--output {pattern}: there is no folder {folder}; create it first")
-            if not os.access(folder, os.W_OK):
-                raise UsageError(f"--output {pattern}: the folder {folder} cannot be written to")
+            try:
+                with tempfile.NamedTemporaryFile(dir=folder, prefix=".lowmem-flux2-"):
+                    pass  # os.access would say yes to root, and to a file system that is read-only
+            except OSError as error:
+                raise UsageError(f"--output {pattern}: the folder {folder} cannot be written to: {error}") from None
 
     def path(self, *, seed: int, index: int, model: str) -> Path:
         return Path(self._pattern.format(seed=seed, index=index, model=model.replace("/", "--")))
@@ -58,7 +63,7 @@ def save_png(picture: Image, path: Path, metadata: Mapping[str, str]) -> Path:
     for key, value in metadata.items():
         info.add_itxt(key, value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}.png.tmp")
     try:
         with temporary.open("wb") as file:
             picture.save(file, format="PNG", pnginfo=info)
@@ -73,10 +78,17 @@ def save_png(picture: Image, path: Path, metadata: Mapping[str, str]) -> Path:
             except FileExistsError:
                 number += 1
             except OSError:  # a file system without hard links
-                if not target.exists():
+                try:
+                    target.touch(exist_ok=False)  # claims the name
+                except FileExistsError:
+                    number += 1
+                    continue
+                try:
                     temporary.replace(target)
-                    return target
-                number += 1
+                except BaseException:
+                    target.unlink()
+                    raise
+                return target
     finally:
         temporary.unlink(missing_ok=True)
 

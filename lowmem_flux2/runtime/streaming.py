@@ -168,11 +168,15 @@ class BlockStreamer:
         self._spans: dict[int, torch.Tensor] = {}
         self._registered: list[torch.Tensor] = []
         self._ring: list[torch.Tensor] = []
-        if Placement.DISK in placements and device.type == "cuda":
-            self._ring = [self._host_span(largest, pin=True, warn=warn) for _ in self._slots]
-        self._load(warn)
         self._next_use = 0
         self._uses: dict[int, _Use] = {}
+        try:
+            if Placement.DISK in placements and device.type == "cuda":
+                self._ring = [self._host_span(largest, pin=True, warn=warn) for _ in self._slots]
+            self._load(warn)
+        except BaseException:
+            self.close()
+            raise
 
     # ------------------------------------------------------------------------------------------------ loading
 
@@ -309,6 +313,8 @@ class _CudaTransport:
     """One copy stream; per slot one event after the copy and one after the block that used it."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._device = device
         self._stream = torch.cuda.Stream(device)
         self._copied: dict[int, torch.cuda.Event] = {}
         self._used: dict[int, torch.cuda.Event] = {}
@@ -322,7 +328,7 @@ class _CudaTransport:
             event.record(self._stream)
 
     def await_copy(self, slot: int) -> None:
-        torch.cuda.current_stream().wait_event(self._copied[slot])
+        torch.cuda.current_stream(self._device).wait_event(self._copied[slot])
 
     def await_copy_on_host(self, slot: int) -> None:
         if slot in self._copied:
@@ -330,4 +336,4 @@ class _CudaTransport:
 
     def used(self, slot: int) -> None:
         event = self._used.setdefault(slot, torch.cuda.Event())
-        event.record(torch.cuda.current_stream())
+        event.record(torch.cuda.current_stream(self._device))

@@ -1,0 +1,291 @@
+"""The command line as a user meets it: errors before heavy work, exit codes, files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+PROMPT = "a large red circle in the center on a blue background"
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run the command line in this process, in an empty folder."""
+    from lowmem_flux2 import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def go(*arguments: str) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["lowmem-flux2", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return Ran(int(stopped.value.code or 0), captured.out, captured.err)
+
+    return go
+
+
+@pytest.fixture
+def folder(tiny_klein: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint, to be broken."""
+    return Path(shutil.copytree(tiny_klein, tmp_path / "broken"))
+
+
+def _fails(ran: Ran, code: int, *said: str) -> None:
+    assert ran.code == code, ran
+    for words in said:
+        assert words in ran.err, f"{words!r} not in {ran.err!r}"
+    assert "Traceback" not in ran.err
+
+
+# ------------------------------------------------------------------------------------------- bad requests: 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-p", ""], "prompt is empty"),
+        (["-p", "   "], "prompt is empty"),
+        ([], "prompt"),
+        (["-p", "x", "-W", "0"], "width"),
+        (["-p", "x", "-H", "-1"], "height"),
+        (["-p", "x", "-W", "1080"], "1072 or 1088"),
+        (["-p", "x", "-W", "100000"], "100000"),
+        (["-p", "x", "--steps", "0"], "steps"),
+        (["-p", "x", "--guidance", "-1"], "guidance"),
+        (["-p", "x", "--num-images", "0"], "images"),
+        (["-p", "x", "--seed", "-5"], "seed"),
+        (["-p", "x", "--profile", "rtx-9999"], "rtx-9999"),
+        (["-p", "x", "--device", "tpu"], "tpu"),
+        (["-p", "x", "--device", "cuda"], "cuda"),
+        (["-p", "x", "--max-vram", "8 parsecs"], "--max-vram"),
+        (["-p", "x", "--max-ram", "0"], "--max-ram"),
+        (["-p", "x", "--weight-format", "int3"], "int3"),
+        (["-p", "x", "--dtype", "fp64"], "fp64"),
+        (["-p", "x", "--step-cache", "fbc"], "step-cache"),
+        (["-p", "x", "--vae-tile", "100"], "vae-tile"),
+        (["-p", "x", "--image", "a.png"], "--image"),
+        (["-p", "x", "--negative-prompt", "y", "--guidance", "1"], "negative prompt"),
+        (["-p", "x", "--plan", "none.json"], "none.json"),
+        (["--prompt-file", "none.txt"], "none.txt"),
+        (["-p", "x", "-o", "nowhere/out.png"], "nowhere"),
+        (["-p", "x", "-o", "out.jpg"], ".png"),
+        (["-p", "x", "-o", "out_{sed}.png"], "{sed}"),
+        (["-p", "x", "-o", "/proc/out.png"], "/proc"),
+        (["-p", "x", "--report", "nowhere/report.json"], "nowhere"),
+        (["-p", "x", "--no-such-flag"], "--no-such-flag"),
+        (["-p", "x", "--weight-format", "int8"], "int8"),
+    ],
+)
+def test_bad_request_exits_2_and_says_what(run: Run, arguments: list[str], said: str) -> None:
+    _fails(run("generate", *arguments), 2, said)
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_unknown_profile_key_names_file_key_and_line(run: Run) -> None:
+    text = (Path(__file__).parents[1] / "profiles" / "rtx-3060-12gb.toml").read_text()
+    Path("mine.toml").write_text(text.replace("[gpu]\n", "[gpu]\nvrma = '12 GiB'\n", 1))
+    line = (text.split("[gpu]\n")[0] + "[gpu]\n").count("\n") + 1
+    _fails(run("profiles", "check", "mine.toml"), 2, f"mine.toml:{line}", "vrma", "vram")
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints: 4
+
+
+def test_unknown_model_suggests_the_nearest(run: Run) -> None:
+    _fails(run("generate", "-p", "x", "-m", "flux2-klien-4b"), 4, "flux2-klein-4b")
+
+
+def test_hub_id_offline_says_how_to_give_a_folder(run: Run) -> None:
+    _fails(run("generate", "-p", "x", "-m", "nobody/nothing", "--offline"), 4, "nobody/nothing", "folder")
+
+
+def test_known_hub_model_without_its_weights_is_refused_offline(run: Run) -> None:
+    ran = run("generate", "-p", "x", "-m", "flux2-klein-4b", "--offline", "--device", "cpu", "-W", "64", "-H", "64")
+    _fails(ran, 4, "FLUX.2-klein-4B")
+
+
+def _weights(folder: Path) -> Path:
+    return next((folder / "transformer").glob("*.safetensors"))
+
+
+def test_truncated_weights_are_named(run: Run, folder: Path) -> None:
+    file = _weights(folder)
+    file.write_bytes(file.read_bytes()[:-100])
+    _fails(run("generate", "-p", "x", "-m", str(folder)), 4, file.name, "truncated")
+
+
+def test_lfs_pointer_says_git_lfs_pull(run: Run, folder: Path) -> None:
+    _weights(folder).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7754\n")
+    _fails(run("generate", "-p", "x", "-m", str(folder)), 4, "git lfs pull")
+
+
+def test_html_saved_as_weights_is_recognized(run: Run, folder: Path) -> None:
+    _weights(folder).write_text("<!DOCTYPE html><html><body>Sign in</body></html>")
+    _fails(run("generate", "-p", "x", "-m", str(folder)), 4, "HTML")
+
+
+def test_config_without_a_key_names_file_and_key(run: Run, folder: Path) -> None:
+    file = folder / "transformer" / "config.json"
+    config = json.loads(file.read_text())
+    del config["num_layers"]
+    file.write_text(json.dumps(config))
+    _fails(run("generate", "-p", "x", "-m", str(folder)), 4, "num_layers", "config.json")
+
+
+def test_text_encoder_of_another_width_names_both(run: Run, folder: Path) -> None:
+    file = folder / "transformer" / "config.json"
+    config = json.loads(file.read_text())
+    wanted, config["joint_attention_dim"] = config["joint_attention_dim"], 7680
+    file.write_text(json.dumps(config))
+    _fails(run("generate", "-p", "x", "-m", str(folder)), 4, str(wanted), "7680")
+
+
+def test_missing_component_is_named(run: Run, folder: Path) -> None:
+    shutil.rmtree(folder / "vae")
+    _fails(run("generate", "-p", "x", "-m", str(folder)), 4, "vae")
+
+
+# ------------------------------------------------------------------------------------------------ not fitting: 3
+
+
+def test_what_does_not_fit_is_refused_with_commands_that_fit(run: Run) -> None:
+    ran = run("plan", "-m", "flux2-dev", "--profile", "rtx-2060-6gb", "--max-ram", "512MiB")
+    _fails(ran, 3, "RAM", "512 MiB", "short")
+    commands = [line.split("#")[0].split() for line in ran.err.splitlines() if "lowmem-flux2 plan" in line]
+    assert commands
+    for command in commands:
+        assert run(*command[1:]).code == 0, command
+
+
+# ------------------------------------------------------------------------------------------------------- plans
+
+
+def test_plan_json_follows_the_contract_and_replays(run: Run) -> None:
+    ran = run("plan", "-m", "shapes", "--json", "--steps", "3")
+    assert ran.code == 0
+    plan = json.loads(ran.out)
+    assert {"schema_version", "profile", "model", "workload", "stages", "predicted"} <= plan.keys()
+    Path("plan.json").write_text(ran.out)
+    done = run("generate", "-p", PROMPT, "--plan", "plan.json", "-s", "1", "-o", "a.png")
+    assert done.code == 0, done
+    assert Image.open("a.png").text["steps"] == "3"
+    mismatch = run("generate", "-p", PROMPT, "--plan", "plan.json", "--steps", "4")
+    _fails(mismatch, 2, "steps", "3", "4")
+
+
+def test_dry_run_loads_and_writes_nothing(run: Run) -> None:
+    ran = run("generate", "-p", PROMPT, "--dry-run")
+    assert ran.code == 0
+    assert "peak RAM" in ran.out
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["plan", "-m", "flux2-dev", "--profile", "rtx-3060-12gb", "--max-ram", "32GiB"], ["profiles", "list"]],
+)
+def test_planning_never_imports_torch(arguments: list[str]) -> None:
+    script = (
+        "import sys; sys.argv[1:] = " + repr(arguments) + "\n"
+        "from lowmem_flux2 import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'accelerate'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+# ---------------------------------------------------------------------------------------------------- generate
+
+
+def test_generate_writes_picture_report_and_metadata(run: Run) -> None:
+    ran = run("generate", "-p", PROMPT, "--steps", "2", "-s", "3", "--num-images", "2", "--report", "report.json")
+    assert ran.code == 0, ran
+    assert "predicted → measured" in ran.out
+    report = json.loads(Path("report.json").read_text())
+    assert [image["seed"] for image in report["images"]] == [3, 4]
+    assert [image["path"] for image in report["images"]] == ["out_3.png", "out_4.png"]
+    assert {"plan", "measured", "events", "images", "versions"} <= report.keys()
+    for stage in report["measured"]["stages"]:
+        assert stage["time_s"] > 0
+        assert stage["peak_ram_bytes"] > 0
+    picture = Image.open("out_3.png")
+    assert picture.size == (64, 64)
+    assert picture.text["prompt"] == PROMPT
+    assert picture.text["seed"] == "3"
+
+
+def test_generate_never_overwrites_and_repeats_bit_for_bit(run: Run) -> None:
+    for _ in range(2):
+        assert run("generate", "-q", "-p", PROMPT, "--steps", "2", "-s", "3").code == 0
+    first, second = Path("out_3.png").read_bytes(), Path("out_3_2.png").read_bytes()
+    assert first == second
+
+
+def test_no_metadata_leaves_the_png_bare(run: Run) -> None:
+    assert run("generate", "-q", "-p", PROMPT, "--steps", "1", "-s", "3", "--no-metadata").code == 0
+    assert Image.open("out_3.png").text == {}
+
+
+def test_quiet_prints_only_the_file(run: Run) -> None:
+    ran = run("generate", "-q", "-p", PROMPT, "--steps", "1", "-s", "3")
+    assert ran.out.strip() == "out_3.png   seed 3"
+    assert ran.err == ""
+
+
+def test_a_drawn_seed_is_printed_and_recorded(run: Run) -> None:
+    assert run("generate", "-q", "-p", PROMPT, "--steps", "1", "--report", "report.json").code == 0
+    image = json.loads(Path("report.json").read_text())["images"][0]
+    assert Path(image["path"]).name == f"out_{image['seed']}.png"
+
+
+def test_prompt_file_gives_one_picture_a_line(run: Run) -> None:
+    Path("prompts.txt").write_text(f"{PROMPT}\n\na small green square at the left on a white background\n")
+    ran = run("generate", "-q", "--prompt-file", "prompts.txt", "--steps", "1", "-s", "0", "-o", "{index}_{model}.png")
+    assert ran.code == 0, ran
+    assert sorted(path.name for path in Path.cwd().glob("*.png")) == ["0_shapes.png", "1_shapes.png"]
+
+
+def test_interruption_exits_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowmem_flux2.runtime.denoise import Denoiser
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Denoiser, "denoise", interrupt)
+    ran = run("generate", "-p", PROMPT)
+    assert ran.code == 130
+    assert not list(Path.cwd().glob("*.png"))
+
+
+def test_doctor_and_profiles_answer(run: Run) -> None:
+    assert "torch" in run("doctor").out
+    assert "rtx-3060-12gb" in run("profiles", "list").out
+    assert "[sources]" in run("profiles", "show", "cpu").out
+
+
+def test_version(run: Run) -> None:
+    from lowmem_flux2 import __version__
+
+    assert __version__ in run("--version").out
