@@ -23,8 +23,8 @@ def denoise_activation_bytes(model: ModelSpec, workload: Workload, batch: int, d
 
     In chunks the fused projection lives for one chunk of C tokens, and the peak is either the rotation of the key
     (apply_rotary_emb): block input, norm, query, key, value, the rotated halves, all h, and three fp32 temporaries of
-    h: 12h S in 16 bits; or, after attention, one chunk's MLP: input, norm, query, key, value, attention and block output
-    7h S and C (h + 4m). The double-stream block peaks in the image stream's feed-forward, below either.
+    h: 12h S in 16 bits; or, after attention, one chunk's MLP: input, norm, query, key, value, attention and block
+    output 7h S and C (h + 4m). The double-stream block peaks in the image stream's feed-forward, below either.
 
     Constant beside it: the text input and its projection, two RoPE tables, latents and prediction. A second guidance
     pass keeps one more hidden state and its text.

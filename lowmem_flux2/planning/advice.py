@@ -92,8 +92,9 @@ def closest_fits(
     *,
     support: Support = SUPPORTED,
 ) -> tuple[str, ...]:
-    """Up to three commands that would fit, the smallest change first, and what this version can carry out before what it cannot;
-    never empty while anything at all fits.
+    """Up to three commands that would fit, the smallest change first; never empty while anything at all fits.
+
+    What this version can carry out comes before what it cannot.
 
     Args:
         profile: what ``--profile`` was given; ``auto`` means that the hardware is this machine's and cannot grow.
@@ -131,9 +132,8 @@ def _changes(asked: _Change, profile: str) -> Iterator[_Change]:
         yield free
     yield from _sizes(free)
     yield from _budgets(free, profile)
-    others = [
-        other for name in MODEL_NAMES if name != EMBEDDED and (other := free.with_model(name)) and _smaller(other, free)
-    ]
+    models = [free.with_model(name) for name in MODEL_NAMES if name != EMBEDDED]
+    others = [other for other in models if _smaller(other, free)]
     yield from others
     for one in (free, *others):
         least = one.smaller(SIDES_PX[-1])

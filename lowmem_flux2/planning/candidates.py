@@ -188,7 +188,9 @@ def _streamed(job: Job, bare: StagePlan) -> Iterator[StagePlan]:
     fixed = job.selection.placement
     # On a CPU a copy of a block in RAM wins nothing over the file.
     last = Placement(fixed) if fixed != "auto" else Placement.DISK
-    most = _most_resident(job, total - bare.slots, lambda resident: uniform(resident, last))
+    # With no more blocks than slots, streaming takes the memory of residency: only a fixed placement asks for that.
+    least = bare.slots + (fixed == "auto")
+    most = _most_resident(job, total - least, lambda resident: uniform(resident, last))
     for resident in range(most, -1, -1):
         slowest = uniform(resident, last)
         yield slowest

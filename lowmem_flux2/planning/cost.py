@@ -93,7 +93,8 @@ def timeline(compute_s: Sequence[float], copy_s: Sequence[float], slots: int) ->
     """Simulate a few rounds over the blocks on one copy engine and one compute stream; report the last.
 
     Copies are made in order; the copy for the k-th streamed use may start when the previous copy is done and the slot
-    is free, that is when the use ``slots`` before it has been computed. Resident blocks have a copy time of 0 and no slot.
+    is free, that is when the use ``slots`` before it has been computed. Resident blocks have a copy time of 0 and no
+    slot.
     """
     if not any(copy_s):
         return Timeline(sum(compute_s), 0.0)

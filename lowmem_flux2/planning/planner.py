@@ -29,9 +29,9 @@ __all__ = ["Objective", "Selection", "StreamFrom", "limits_of", "make_plan"]
 
 TIME_SLACK = 0.15
 """``balanced`` spends at most this share of the fastest run's time on better weights."""
-H2D_WEIGHT = 0.02
+H2D_WEIGHT = 0.1
 """Traffic is never quite free, even hidden behind compute: among equally faithful plans, a second of copying counts as
-0.02 s, and a second of reading the disk as one, so nothing is read again at each step that could stay in memory."""
+0.1 s, and a second of reading the disk as one, so nothing is read again at each step that could stay in memory."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,60 @@
+"""Models, machines and workloads that the planning tests share. No torch."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from lowmem_flux2.planning.configs import spec_from_configs
+from lowmem_flux2.planning.hardware import Hardware, load_profile
+from lowmem_flux2.planning.models import ModelSpec
+from lowmem_flux2.planning.plan import Plan
+from lowmem_flux2.planning.planner import make_plan
+from lowmem_flux2.planning.selection import Selection, with_ram_for
+from lowmem_flux2.planning.sources import shipped_configs
+from lowmem_flux2.planning.support import SUPPORTED, Support
+from lowmem_flux2.planning.workload import Workload, make_request, workload_of
+from lowmem_flux2.units import GIB
+
+DEV, KLEIN_4B, KLEIN_9B = MODELS = ("flux2-dev", "flux2-klein-4b", "flux2-klein-9b")
+KLEIN_BASE = "flux2-klein-base-4b"
+
+
+@cache
+def spec(name: str) -> ModelSpec:
+    return spec_from_configs(name, name, shipped_configs(name))
+
+
+@cache
+def machine(profile: str, ram_gib: int | None = None) -> Hardware:
+    """A shipped profile, with ``--max-ram`` where given."""
+    hardware = load_profile(profile)
+    return hardware if ram_gib is None else with_ram_for(hardware, ram_gib * GIB)
+
+
+def work(name: str, px: int = 1024, images: int = 1, prompts: int = 1, steps: int | None = None) -> Workload:
+    model = spec(name)
+    request = make_request(
+        model, ("x",) * prompts, width=px, height=px, num_images_per_prompt=images, num_inference_steps=steps
+    )
+    return workload_of(request, model)
+
+
+def plan_for(
+    name: str,
+    profile: str,
+    ram_gib: int | None = None,
+    *,
+    px: int = 1024,
+    images: int = 1,
+    prompts: int = 1,
+    selection: Selection | None = None,
+    support: Support = SUPPORTED,
+) -> Plan:
+    return make_plan(
+        spec(name),
+        work(name, px, images, prompts),
+        machine(profile, ram_gib),
+        selection or Selection(),
+        profile=profile,
+        support=support,
+    )

@@ -1,0 +1,127 @@
+"""What is offered when nothing fits: commands which, parsed and planned, do fit."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from dataclasses import replace
+
+import pytest
+from machines import DEV, KLEIN_4B, KLEIN_9B, KLEIN_BASE, machine, spec
+
+from lowmem_flux2.errors import DoesNotFit
+from lowmem_flux2.planning.advice import MOST, closest_fits
+from lowmem_flux2.planning.job import plan_job, resolve_machine
+from lowmem_flux2.planning.plan import Plan
+from lowmem_flux2.planning.planner import Selection
+from lowmem_flux2.planning.sources import resolve_model
+from lowmem_flux2.planning.workload import make_request, workload_of
+from lowmem_flux2.units import MIB, parse_bytes
+
+
+def planned(command: str) -> Plan:
+    """The plan of a ``lowmem-flux2 plan`` command line, by the path that the command takes."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("program")
+    parser.add_argument("verb", choices=["plan"])
+    parser.add_argument("-m", required=True)
+    parser.add_argument("--profile", required=True)
+    parser.add_argument("--device", default="auto")
+    for flag in ("-W", "-H", "--steps", "--max-sequence-length"):
+        parser.add_argument(flag, type=int)
+    parser.add_argument("--num-images", type=int, default=1)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--max-vram", type=parse_bytes)
+    parser.add_argument("--max-ram", type=parse_bytes)
+    parser.add_argument("--prefer", default="balanced")
+    parser.add_argument("--dtype", default="auto")
+    asked = parser.parse_args(shlex.split(command, comments=True))
+    source = resolve_model(asked.m, offline=True)
+    request = make_request(
+        source.spec,
+        ("x",),
+        width=asked.W,
+        height=asked.H,
+        num_inference_steps=asked.steps,
+        guidance_scale=asked.guidance,
+        num_images_per_prompt=asked.num_images,
+        max_sequence_length=asked.max_sequence_length,
+    )
+    selection = Selection(
+        prefer=asked.prefer, dtype=asked.dtype, max_vram_bytes=asked.max_vram, max_ram_bytes=asked.max_ram
+    )
+    return plan_job(source, resolve_machine(asked.profile, asked.device, asked.max_ram), request, selection)
+
+
+CASES = [
+    (DEV, "rtx-2060-6gb", "--max-ram 512MiB"),
+    (DEV, "rtx-2060-6gb", "--max-vram 2GiB"),
+    (DEV, "rtx-2060-6gb", "--max-vram 700MiB"),
+    (DEV, "rtx-4090-24gb", "--max-vram 1500MiB --max-ram 900MiB"),
+    (DEV, "rtx-2060-6gb", "-W 4096 -H 4096"),
+    (KLEIN_9B, "rtx-4090-24gb", "--max-vram 1GiB --num-images 3 --steps 9"),
+    (KLEIN_4B, "rtx-3060-12gb", "--max-vram 900MiB -W 512 -H 768"),
+    (KLEIN_BASE, "rtx-3060-12gb", "--max-vram 1GiB --guidance 1 --max-sequence-length 256 --prefer speed"),
+    (KLEIN_4B, "cpu", "--max-ram 1GiB"),
+    (DEV, "cpu", "--max-ram 600MiB --dtype fp32"),
+]
+
+
+@pytest.mark.parametrize(("model", "profile", "flags"), CASES)
+def test_every_command_that_is_offered_fits(model: str, profile: str, flags: str) -> None:
+    with pytest.raises(DoesNotFit) as caught:
+        planned(f"lowmem-flux2 plan -m {model} --profile {profile} {flags}")
+    closest = caught.value.closest
+    assert 1 <= len(closest) <= MOST
+    assert len(set(closest)) == len(closest)
+    for command in closest:
+        plan = planned(command)
+        assert f"{plan.peak_ram_bytes / (1 << 30):.2f} GiB RAM" in command or "MiB RAM" in command
+        assert ("not in this version" in command) == bool(plan.not_executable)
+        assert command in str(caught.value)
+
+
+def test_too_little_ram_for_dev_is_named_with_what_would_fit() -> None:
+    with pytest.raises(DoesNotFit) as caught:
+        planned(f"lowmem-flux2 plan -m {DEV} --profile rtx-2060-6gb --max-ram 512MiB")
+    error = caught.value
+    assert (error.resource, error.available_bytes, error.exit_code) == ("ram", 512 * MIB, 3)
+    assert error.needed_bytes > error.available_bytes
+    assert "--max-ram" in error.closest[0]
+
+
+def test_a_fixed_choice_is_the_first_thing_to_give_up() -> None:
+    model, hardware = spec(DEV), machine("rtx-3060-12gb")
+    workload = workload_of(make_request(model, ("x",)), model)
+    selection = Selection(placement="resident", weight_format="bf16")
+    closest = closest_fits(model, workload, hardware, selection, "rtx-3060-12gb")
+    assert closest[0].startswith("lowmem-flux2 plan -m flux2-dev --profile rtx-3060-12gb   #")
+
+
+def test_on_this_very_machine_no_ram_or_vram_is_offered_that_it_lacks() -> None:
+    model, hardware = spec(DEV), machine("rtx-2060-6gb")
+    workload = workload_of(make_request(model, ("x",)), model)
+    selection = Selection(max_vram_bytes=2 << 30, max_ram_bytes=900 << 20)
+    closest = closest_fits(model, workload, hardware, selection, "auto")
+    assert closest
+    for command in closest:
+        words = shlex.split(command, comments=True)
+        assert words[words.index("--profile") + 1] == "auto"
+        assert parse_bytes(words[words.index("--max-vram") + 1]) < hardware.vram_bytes
+        assert parse_bytes(words[words.index("--max-ram") + 1]) < hardware.ram_bytes
+
+
+def test_what_this_version_can_run_is_offered_first() -> None:
+    with pytest.raises(DoesNotFit) as caught:
+        planned(f"lowmem-flux2 plan -m {DEV} --profile rtx-2060-6gb --max-ram 512MiB")
+    later = ["not in this version" in command for command in caught.value.closest]
+    assert later == sorted(later)
+
+
+def test_where_nothing_at_all_would_fit_nothing_is_offered() -> None:
+    model = spec(DEV)
+    workload = workload_of(make_request(model, ("x",)), model)
+    hardware = machine("rtx-2060-6gb")
+    crumb = Selection(max_vram_bytes=MIB, max_ram_bytes=MIB)
+    nothing = replace(hardware, vram_bytes=hardware.vram_reserve_bytes + 1, ram_bytes=1 << 30)
+    assert closest_fits(model, workload, nothing, crumb, "auto") == ()

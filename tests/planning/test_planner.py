@@ -1,0 +1,388 @@
+"""Plans keep to their limits, are the best by their own objective, and honour or refuse every flag."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from machines import DEV, KLEIN_4B, KLEIN_9B, KLEIN_BASE, MODELS, machine, plan_for, spec, work
+
+from lowmem_flux2.errors import DoesNotFit, UsageError
+from lowmem_flux2.planning.candidates import Job, fits
+from lowmem_flux2.planning.cost import stage_cost
+from lowmem_flux2.planning.hardware import Hardware, list_profiles
+from lowmem_flux2.planning.plan import STAGES, Limits, Placement, Plan, Stage, StagePlan
+from lowmem_flux2.planning.planner import TIME_SLACK, Objective, limits_of, make_plan
+from lowmem_flux2.planning.selection import Selection, with_ram_for
+from lowmem_flux2.planning.support import EVERYTHING, SUPPORTED, Support
+from lowmem_flux2.planning.workload import Preference, Workload
+from lowmem_flux2.units import GIB, MIB
+
+PREFERENCES: tuple[Preference, ...] = get_args(Preference)
+SMALL_AND_LARGE = ("rtx-2060-6gb", "rtx-3060-12gb", "rtx-4090-24gb", "h100-80gb", "cpu")
+
+
+def candidates(
+    name: str, workload: Workload, hardware: Hardware, selection: Selection, stage: Stage, support: Support = SUPPORTED
+) -> list[StagePlan]:
+    """What the planner chose the stage from: everything that fits."""
+    limits = limits_of(hardware, selection)
+    job = Job(spec(name), workload, hardware, selection, limits, support)
+    return [candidate for candidate in job.candidates(stage) if fits(candidate, limits)]
+
+
+def assert_within(plan: Plan, limits: Limits) -> None:
+    assert plan.limits == limits
+    assert plan.peak_vram_bytes <= limits.vram_bytes
+    assert plan.peak_ram_bytes <= limits.ram_bytes
+    for stage in plan.stages:
+        if stage.count(Placement.PINNED):
+            assert stage.cost.host_pinned_bytes <= limits.pinnable_bytes
+
+
+# ---------------------------------------------------------------------------------------------------- the grid
+
+
+@pytest.mark.parametrize("profile", list_profiles())
+def test_every_profile_plans_within_its_limits_or_says_what_is_short(profile: str) -> None:
+    for name in MODELS:
+        for px, ram_gib in ((512, None), (1024, None), (2048, None), (1024, 4), (1024, 1)):
+            hardware = machine(profile, ram_gib)
+            selection = Selection(max_ram_bytes=None if ram_gib is None else ram_gib * GIB)
+            limits = limits_of(hardware, selection)
+            try:
+                plan = make_plan(spec(name), work(name, px), hardware, selection, profile=profile)
+            except DoesNotFit as error:
+                assert error.needed_bytes > error.available_bytes
+                continue
+            assert_within(plan, limits)
+            assert plan.not_executable == tuple(word for stage in plan.stages for word in SUPPORTED.missing(stage))
+            for stage in plan.stages:
+                assert stage.cost == stage_cost(stage, spec(name), plan.workload, hardware)
+                assert stage.reasons
+                assert "bf16" not in (stage.weight_format, stage.compute_dtype) or not profile.startswith("rtx-20")
+
+
+@pytest.mark.parametrize("prefer", PREFERENCES)
+@pytest.mark.parametrize("profile", SMALL_AND_LARGE)
+def test_planning_is_deterministic(profile: str, prefer: Preference) -> None:
+    plans = [plan_for(KLEIN_9B, profile, 32, images=3, selection=Selection(prefer=prefer)) for _ in range(2)]
+    assert plans[0] == plans[1]
+
+
+def test_a_6_gb_turing_card_runs_dev_in_fp16() -> None:
+    plan = plan_for(DEV, "rtx-2060-6gb")
+    assert {stage.compute_dtype for stage in plan.stages} == {"fp16"}
+    assert plan.peak_vram_bytes <= 5.6 * GIB
+
+
+def test_a_large_card_holds_klein_whole_for_many_steps() -> None:
+    stage = make_plan(
+        spec(KLEIN_4B), work(KLEIN_4B, steps=50), machine("h100-80gb"), Selection(), profile="h100-80gb"
+    ).stage("denoise")
+    assert stage.streamed == stage.slots == stage.prefetch_depth == 0
+
+
+def test_one_pass_over_the_text_encoder_loads_nothing_that_it_could_stream() -> None:
+    encode = plan_for(DEV, "rtx-3060-12gb", 64).stage("encode")
+    assert encode.cost.load_s < 1
+    assert encode.count(Placement.DISK) == 30
+
+
+# ------------------------------------------------------------------------------------------------- preferences
+
+
+@pytest.mark.parametrize("support", [SUPPORTED, EVERYTHING], ids=["this version", "everything"])
+@pytest.mark.parametrize("profile", SMALL_AND_LARGE)
+@pytest.mark.parametrize("name", [DEV, KLEIN_BASE])
+def test_each_preference_has_the_best_candidate(name: str, profile: str, support: Support) -> None:
+    hardware, workload = machine(profile, 32), work(name)
+    plans = {
+        prefer: make_plan(spec(name), workload, hardware, Selection(prefer=prefer), profile=profile, support=support)
+        for prefer in PREFERENCES
+    }
+    found = {stage: candidates(name, workload, hardware, Selection(), stage, support) for stage in STAGES}
+    fastest_s = sum(min(candidate.cost.time_s for candidate in found[stage]) for stage in STAGES)
+    for stage in STAGES:
+        for prefer in ("speed", "quality"):
+            key = Objective(prefer, hardware).key
+            assert key(plans[prefer].stage(stage)) == min(map(key, found[stage]))
+        assert plans["quality"].stage(stage).cost.fidelity_error == min(c.cost.fidelity_error for c in found[stage])
+    least_vram = max(min(c.cost.peak_vram_bytes for c in found[stage]) for stage in STAGES)
+    assert plans["memory"].peak_vram_bytes == least_vram
+    assert plans["memory"].peak_vram_bytes == min(plan.peak_vram_bytes for plan in plans.values())
+    if hardware.device == "cpu":
+        assert plans["memory"].peak_ram_bytes == min(plan.peak_ram_bytes for plan in plans.values())
+    assert plans["balanced"].time_s <= (1 + TIME_SLACK) * fastest_s + 1e-6
+    assert plans["balanced"].fidelity_error <= plans["speed"].fidelity_error
+
+
+def test_memory_gives_nothing_up_where_the_run_needs_more_anyway() -> None:
+    plan = plan_for(DEV, "rtx-3060-12gb", 32, selection=Selection(prefer="memory"))
+    assert plan.stage("decode").tile_px == 0
+    assert plan.stage("denoise").count(Placement.GPU) == 0
+
+
+def test_tiles_come_when_the_whole_picture_does_not_fit() -> None:
+    assert plan_for(KLEIN_4B, "rtx-2060-6gb", 64, px=2048).stage("decode").tile_px > 0
+    assert plan_for(KLEIN_4B, "h100-80gb", 64, px=2048).stage("decode").tile_px == 0
+
+
+# ------------------------------------------------------------------------------------------------ monotonicity
+
+SIZES = st.sampled_from([512, 1024, 1536])
+CARDS = st.sampled_from(["rtx-2060-6gb", "rtx-3060-12gb", "rtx-4060-ti-16gb", "rtx-4090-24gb", "l4-24gb"])
+
+
+def rates(plan: Plan, hardware: Hardware, prefer: Preference) -> list[tuple[float, ...]]:
+    """Each stage by the plan's own objective, footprints (its last resort among equals) apart."""
+    key = Objective(prefer, hardware).key
+    return [key(stage)[:2] if prefer == "speed" else key(stage)[:3] for stage in plan.stages]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from(MODELS),
+    CARDS,
+    SIZES,
+    st.integers(1, 3),
+    st.integers(30, 240),
+    st.integers(1, 80),
+    st.sampled_from(["speed", "quality"]),
+)
+def test_more_vram_never_gives_a_worse_plan(
+    name: str, profile: str, px: int, images: int, tenths_gib: int, more: int, prefer: Preference
+) -> None:
+    hardware = replace(machine(profile, 32), vram_bytes=80 * GIB)
+
+    def at(cap: int) -> Plan:
+        selection = Selection(prefer=prefer, max_vram_bytes=cap * GIB // 10)
+        return make_plan(spec(name), work(name, px, images), hardware, selection, profile=profile)
+
+    try:
+        small = at(tenths_gib)
+    except DoesNotFit:
+        return
+    large = at(tenths_gib + more)
+    if not small.not_executable:
+        for worse, better in zip(rates(small, hardware, prefer), rates(large, hardware, prefer), strict=True):
+            assert better <= worse
+
+
+RAM_TOLERANCE = 0.02
+"""Host tiers are filled greedily, pinned first or pageable first, not in every mixture: more RAM can shift a mixture
+away from one that was a little better."""
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from(MODELS),
+    CARDS,
+    SIZES,
+    st.integers(1, 3),
+    st.integers(30, 640),
+    st.integers(1, 200),
+    st.sampled_from(["speed", "quality"]),
+)
+def test_more_ram_never_gives_a_plan_worse_by_more_than_the_tolerance(
+    name: str, profile: str, px: int, images: int, tenths_gib: int, more: int, prefer: Preference
+) -> None:
+    def at(cap: int) -> Plan:
+        hardware = with_ram_for(machine(profile), cap * GIB // 10)
+        selection = Selection(prefer=prefer, max_ram_bytes=cap * GIB // 10)
+        return make_plan(spec(name), work(name, px, images), hardware, selection, profile=profile)
+
+    try:
+        small = at(tenths_gib)
+    except DoesNotFit:
+        return
+    large = at(tenths_gib + more)
+    objective = Objective(prefer, machine(profile))
+    for worse, better in zip(small.stages, large.stages, strict=True):
+        assert better.cost.fidelity_error <= worse.cost.fidelity_error
+        if better.tile_px == worse.tile_px:
+            assert objective.effort_us(better) <= (1 + RAM_TOLERANCE) * objective.effort_us(worse)
+
+
+# ------------------------------------------------------------------------------------------------ forced flags
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
+def test_an_unquantized_weight_format_is_honoured_with_its_compute_dtype(name: str) -> None:
+    for selection in (Selection(weight_format=name), Selection(text_weight_format=name), Selection(dtype=name)):
+        plan = plan_for(KLEIN_4B, "rtx-4090-24gb", 64, selection=selection)
+        assert {stage.compute_dtype for stage in plan.stages} == {name}
+        assert {stage.weight_format for stage in plan.stages} == {name}
+        assert plan.not_executable == ()
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "nf4", "int4"])
+def test_a_quantized_weight_format_is_honoured_and_named_as_not_executable(name: str) -> None:
+    plan = plan_for(KLEIN_4B, "rtx-4090-24gb", 64, selection=Selection(weight_format=name))
+    assert plan.stage("denoise").weight_format == name
+    assert plan.stage("encode").weight_format == "bf16"
+    assert f"transformer weights in {name}" in plan.not_executable
+    plan = plan_for(KLEIN_4B, "rtx-4090-24gb", 64, selection=Selection(text_weight_format=name))
+    assert plan.stage("encode").weight_format == name
+    assert plan.not_executable == (f"text_encoder weights in {name}",)
+
+
+@pytest.mark.parametrize("placement", ["pinned", "pageable", "disk"])
+def test_a_placement_is_honoured_for_all_that_is_not_resident(placement: Any) -> None:
+    plan = plan_for(KLEIN_9B, "rtx-3060-12gb", 96, selection=Selection(placement=placement))
+    for stage in plan.stages[:2]:
+        assert set(stage.block_placements) <= {Placement.GPU, Placement(placement)}
+    assert plan.stage("denoise").count(Placement(placement)) > 0
+
+
+def test_all_resident_is_honoured_or_does_not_fit() -> None:
+    plan = plan_for(KLEIN_4B, "rtx-4090-24gb", selection=Selection(placement="resident"))
+    assert all(set(stage.block_placements) <= {Placement.GPU} for stage in plan.stages)
+    with pytest.raises(DoesNotFit) as caught:
+        plan_for(DEV, "rtx-3060-12gb", 64, selection=Selection(placement="resident", weight_format="bf16"))
+    assert (caught.value.stage, caught.value.resource) == ("denoise", "vram")
+    assert caught.value.needed_bytes > 60 * GIB
+
+
+def test_pinning_more_than_may_be_pinned_does_not_fit() -> None:
+    hardware = replace(machine("rtx-3060-12gb", 128), pinnable_bytes=8 * GIB)
+    with pytest.raises(DoesNotFit) as caught:
+        make_plan(spec(DEV), work(DEV), hardware, Selection(placement="pinned", weight_format="bf16"), profile="x")
+    assert caught.value.resource == "pinnable ram"
+    assert caught.value.needed_bytes > caught.value.available_bytes == 8 * GIB
+
+
+@pytest.mark.parametrize(("asked", "planned"), [("off", 0), ("512", 512), ("64", 64), ("1024", 0), ("4096", 0)])
+def test_a_tile_is_honoured(asked: str, planned: int) -> None:
+    plan = plan_for(KLEIN_4B, "rtx-3060-12gb", selection=Selection(vae_tile=asked))
+    assert plan.stage("decode").tile_px == planned  # a tile as large as the picture is no tiling
+
+
+def test_untiled_is_honoured_or_does_not_fit() -> None:
+    with pytest.raises(DoesNotFit, match="decode"):
+        plan_for(KLEIN_4B, "rtx-2060-6gb", px=2048, selection=Selection(vae_tile="off"))
+
+
+@pytest.mark.parametrize(("asked", "planned"), [(1, 1), (2, 2), (3, 3), (5, 5), (8, 5)])
+def test_a_batch_size_is_honoured_up_to_the_images_there_are(asked: int, planned: int) -> None:
+    plan = plan_for(KLEIN_4B, "h100-80gb", images=5, selection=Selection(batch_size=asked))
+    assert plan.stage("denoise").batch_size == planned
+
+
+@pytest.mark.parametrize("cap_gib", [3, 4, 6, 9])
+def test_a_vram_cap_is_kept(cap_gib: int) -> None:
+    plan = plan_for(KLEIN_4B, "rtx-4090-24gb", selection=Selection(max_vram_bytes=cap_gib * GIB))
+    assert plan.limits.vram_bytes == cap_gib * GIB
+    assert plan.peak_vram_bytes <= cap_gib * GIB
+
+
+def test_a_cap_above_the_card_is_the_card() -> None:
+    hardware = machine("rtx-3060-12gb")
+    limits = limits_of(hardware, Selection(max_vram_bytes=80 * GIB))
+    assert limits.vram_bytes == hardware.vram_bytes - hardware.vram_reserve_bytes + hardware.context_bytes
+
+
+@pytest.mark.parametrize("cap_mib", [2048, 3000, 12 * 1024, 64 * 1024])
+def test_a_ram_cap_is_kept_and_is_exact(cap_mib: int) -> None:
+    hardware = with_ram_for(machine("rtx-3060-12gb"), cap_mib * MIB)
+    selection = Selection(max_ram_bytes=cap_mib * MIB)
+    limits = limits_of(hardware, selection)
+    assert limits.ram_bytes == cap_mib * MIB
+    assert limits_of(hardware, Selection()).ram_bytes >= cap_mib * MIB
+    try:
+        plan = make_plan(spec(DEV), work(DEV), hardware, selection, profile="x")
+    except DoesNotFit as error:
+        assert (error.resource, error.available_bytes) == ("ram", cap_mib * MIB)
+    else:
+        assert plan.peak_ram_bytes <= cap_mib * MIB
+
+
+def test_the_system_keeps_a_tenth_of_ram_or_a_gib() -> None:
+    hardware = machine("rtx-3060-12gb")
+    assert limits_of(replace(hardware, ram_bytes=64 * GIB), Selection()).ram_bytes == 64 * GIB - 64 * GIB // 10
+    assert limits_of(replace(hardware, ram_bytes=4 * GIB), Selection()).ram_bytes == 3 * GIB
+    assert limits_of(replace(hardware, ram_bytes=GIB // 2), Selection()).ram_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefer": "cheap"}, "--prefer cheap: unknown; one of quality"),
+        ({"weight_format": "int3"}, "--weight-format int3: unknown; one of auto, fp32"),
+        ({"text_weight_format": "q8"}, "--text-weight-format q8: unknown"),
+        ({"dtype": "int8"}, "--dtype int8: unknown; one of auto, bf16"),
+        ({"placement": "tape"}, "--placement tape: unknown; one of auto"),
+        ({"step_cache": "teacache"}, "--step-cache teacache"),
+        ({"vae_tile": "500"}, "--vae-tile 500: auto, off, or a multiple of 64"),
+        ({"vae_tile": "0"}, "--vae-tile 0"),
+        ({"vae_tile": "-64"}, "--vae-tile -64"),
+        ({"vae_tile": "8192"}, "--vae-tile 8192"),
+        ({"vae_tile": "٦٤"}, "--vae-tile"),
+        ({"batch_size": -1}, "--batch-size -1"),
+        ({"weight_format": "fp32", "dtype": "bf16"}, "--weight-format fp32 with compute dtype bf16: .* --dtype fp32"),
+        ({"weight_format": "bf16", "text_weight_format": "fp32"}, "--text-weight-format fp32 with compute dtype bf16"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        plan_for(KLEIN_4B, "rtx-3060-12gb", selection=Selection(**options))
+
+
+@pytest.mark.parametrize("options", [{"weight_format": "bf16"}, {"text_weight_format": "bf16"}, {"dtype": "bf16"}])
+def test_turing_refuses_bf16(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"no bf16 units \(compute capability 7.5\)"):
+        plan_for(KLEIN_4B, "rtx-2060-6gb", selection=Selection(**options))
+
+
+@pytest.mark.parametrize("prefer", PREFERENCES)
+def test_turing_never_gets_bf16(prefer: Preference) -> None:
+    for support in (SUPPORTED, EVERYTHING):
+        for name in MODELS:
+            plan = plan_for(name, "rtx-2080-ti-11gb", 32, selection=Selection(prefer=prefer), support=support)
+            assert all("bf16" not in (stage.weight_format, stage.compute_dtype) for stage in plan.stages)
+
+
+def test_a_cpu_without_bf16_units_computes_in_fp32() -> None:
+    hardware = machine("cpu", 64)
+    rates = {kind: rate for kind, rate in hardware.matmul_flops_per_s.items() if kind != "bf16"}
+    plan = make_plan(
+        spec(KLEIN_4B), work(KLEIN_4B), replace(hardware, matmul_flops_per_s=rates), Selection(), profile="cpu"
+    )
+    assert {stage.compute_dtype for stage in plan.stages} == {"fp32"}
+
+
+# ------------------------------------------------------------------------------------------------- executable
+
+
+def test_not_executable_is_filled_exactly_where_support_lacks_something() -> None:
+    for profile in SMALL_AND_LARGE:
+        plan = plan_for(KLEIN_9B, profile, 32, support=EVERYTHING)
+        lacks = {word for stage in plan.stages for word in SUPPORTED.missing(stage)}
+        assert plan.not_executable == ()  # nothing is beyond EVERYTHING
+        ours = plan_for(KLEIN_9B, profile, 32)
+        assert ours.not_executable == ()
+        assert not any(SUPPORTED.missing(stage) for stage in ours.stages), lacks
+
+
+def test_only_the_stage_that_does_not_fit_falls_back_to_a_later_version() -> None:
+    plan = plan_for(DEV, "rtx-2060-6gb", selection=Selection(max_vram_bytes=3400 * MIB))
+    assert plan.not_executable
+    assert SUPPORTED.missing(plan.stage("denoise"))
+    assert not SUPPORTED.missing(plan.stage("encode"))
+    assert set(plan.not_executable) == set(SUPPORTED.missing(plan.stage("denoise")))
+
+
+def test_step_caches_and_chunks_that_are_missing_are_named() -> None:
+    stage = replace(plan_for(KLEIN_4B, "h100-80gb").stage("denoise"), step_cache="magic", chunk_tokens=512)
+    assert SUPPORTED.missing(stage) == ("step cache magic", "token chunks of 512")
+
+
+def test_a_model_with_a_single_block_is_planned_on_any_machine() -> None:
+    model = spec(KLEIN_4B)
+    tiny = replace(model, transformer=replace(model.transformer, num_double=1, num_single=0))
+    for profile in SMALL_AND_LARGE:
+        plan = make_plan(tiny, work(KLEIN_4B, 512), machine(profile), Selection(prefer="memory"), profile=profile)
+        assert len(plan.stage("denoise").block_placements) == 1

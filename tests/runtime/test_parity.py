@@ -1,0 +1,268 @@
+"""The engine's latents, embeddings and pictures are the stock pipelines' own, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from lowmem_flux2 import Engine
+from lowmem_flux2.planning.plan import Placement, Plan, StagePlan
+from lowmem_flux2.runtime.encode import TextEncoder
+
+Stock = Callable[[str, str], Any]
+FORMS = ["dev", "klein", "distilled"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PROMPT = "a red circle on a white background"
+OTHER = "a dog at night"
+SIZE = {"height": 64, "width": 96}  # 4 x 6 tokens
+TEXT_TOKENS = 64
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    """One prompt, two steps, latents out; `changes` on top, None to leave one out."""
+    base = {
+        **SIZE,
+        "prompt": PROMPT,
+        "num_inference_steps": 2,
+        "guidance_scale": 4.0,
+        "max_sequence_length": TEXT_TOKENS,
+        "output_type": "latent",
+    }
+    return {name: value for name, value in {**base, **changes}.items() if value is not None}
+
+
+def embeddings(dtype: str, prompts: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(prompts, TEXT_TOKENS, 3 * tiny.HIDDEN, generator=generator).to(DTYPES[dtype])
+
+
+def noise(dtype: str, images: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(9)
+    return torch.randn(images, 4 * tiny.LATENT_CHANNELS, 4, 6, generator=generator).to(DTYPES[dtype])
+
+
+def one_batch(engine: Engine, **changes: Any) -> Plan:
+    """The engine's plan, which must take all images and prompts at once, as the stock pipelines do."""
+    kept = {"prompt", "height", "width", "num_inference_steps", "guidance_scale", "max_sequence_length"}
+    asked = {name: value for name, value in arguments(**changes).items() if name in {*kept, "num_images_per_prompt"}}
+    request = engine.request(**asked)
+    plan = engine.plan(request)
+    assert plan.stage("denoise").batch_size == request.num_images
+    assert plan.stage("encode").batch_size == len(request.prompts)
+    return plan
+
+
+CASES: dict[str, Callable[[str], dict[str, Any]]] = {
+    "one generator": lambda _: {"generator": seeded(3)[0]},
+    "guidance 1": lambda _: {"guidance_scale": 1.0, "generator": seeded(3)[0]},
+    "two prompts, a generator each": lambda _: {"prompt": [PROMPT, OTHER], "generator": seeded(5, 1)},
+    "two prompts of two images, one generator": lambda _: {
+        "prompt": [PROMPT, OTHER],
+        "num_images_per_prompt": 2,
+        "generator": seeded(3)[0],
+    },
+    "two images of a prompt, a generator each": lambda _: {"num_images_per_prompt": 2, "generator": seeded(5, 1)},
+    "custom sigmas": lambda _: {"sigmas": [1.0, 0.7, 0.2], "num_inference_steps": 3, "generator": seeded(3)[0]},
+    "given latents": lambda dtype: {"num_images_per_prompt": 2, "latents": noise(dtype, 2)},
+    "portrait": lambda _: {"height": 112, "width": 48, "num_inference_steps": 3, "generator": seeded(3)[0]},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("form", FORMS)
+def test_latents_equal_the_stock_pipelines(
+    form: str, case: str, dtype: str, folders: dict[str, Path], stock: Stock
+) -> None:
+    engine = Engine(str(folders[form]), dtype=dtype)
+    plan = one_batch(engine, **CASES[case](dtype))
+    made = engine.generate(**arguments(**CASES[case](dtype)), plan=plan).images
+    expected = stock(form, dtype)(**arguments(**CASES[case](dtype))).images
+    assert made.dtype == expected.dtype == DTYPES[dtype]
+    assert torch.equal(made, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+def test_given_embeddings_equal_the_stock_pipelines(
+    form: str, dtype: str, folders: dict[str, Path], stock: Stock
+) -> None:
+    given = {"prompt_embeds": embeddings(dtype, 2, 0), "num_images_per_prompt": 2}
+    if form == "klein":
+        given["negative_prompt_embeds"] = embeddings(dtype, 2, 1)
+    asked = arguments(prompt=None, **given)
+    engine = Engine(str(folders[form]), dtype=dtype, batch_size=4)
+    made = engine.generate(**asked, generator=seeded(1, 2, 3, 4))
+    assert torch.equal(made.images, stock(form, dtype)(**asked, generator=seeded(1, 2, 3, 4)).images)
+    assert [stage.stage for stage in made.report.stages if stage.stage == "encode"] == []
+
+
+def test_missing_negative_embeddings_are_those_of_the_empty_prompt(folders: dict[str, Path], stock: Stock) -> None:
+    asked = arguments(prompt=None, prompt_embeds=embeddings("fp32", 1, 0))
+    made = Engine(str(folders["klein"]), dtype="fp32").generate(**asked, generator=seeded(1)[0])
+    assert torch.equal(made.images, stock("klein", "fp32")(**asked, generator=seeded(1)[0]).images)
+
+
+def test_negative_prompt_is_what_its_embeddings_say(folders: dict[str, Path], stock: Stock) -> None:
+    negative, _ = stock("klein", "fp32").encode_prompt(OTHER, max_sequence_length=TEXT_TOKENS)
+    positive, _ = stock("klein", "fp32").encode_prompt(PROMPT, max_sequence_length=TEXT_TOKENS)
+    engine = Engine(str(folders["klein"]), dtype="fp32")
+    made = engine.generate(**arguments(negative_prompt=OTHER), seed=4)
+    asked = arguments(prompt=None, prompt_embeds=positive, negative_prompt_embeds=negative)
+    assert torch.equal(made.images, stock("klein", "fp32")(**asked, generator=seeded(4)).images)
+
+
+PLACEMENTS = {**{placement.value: (placement,) for placement in Placement}, "mixed": tuple(Placement)}
+
+
+def placed(stage: StagePlan, name: str) -> StagePlan:
+    """The stage with its blocks placed in turn as `PLACEMENTS` says, and two slots."""
+    blocks = len(stage.block_placements)
+    return replace(stage, block_placements=(PLACEMENTS[name] * blocks)[:blocks], slots=2)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("form", ["dev", "klein"])
+def test_every_placement_gives_the_same_latents(
+    form: str, placement: str, folders: dict[str, Path], stock: Stock
+) -> None:
+    asked = arguments(prompt=[PROMPT, OTHER], num_inference_steps=3)
+    engine = Engine(str(folders[form]), dtype="fp32")
+    plan = one_batch(engine, prompt=[PROMPT, OTHER], num_inference_steps=3)
+    plan = replace(plan, stages=tuple(placed(stage, placement) for stage in plan.stages))
+    made = engine.generate(**asked, generator=seeded(1, 2), plan=plan)
+    assert torch.equal(made.images, stock(form, "fp32")(**asked, generator=seeded(1, 2)).images)
+
+
+@pytest.mark.parametrize("placement", ["resident", "pinned", "pageable", "disk"])
+def test_plans_that_force_a_placement_give_the_same_latents(
+    placement: Any, folders: dict[str, Path], stock: Stock
+) -> None:
+    made = Engine(str(folders["klein"]), dtype="bf16", placement=placement).generate(**arguments(), seed=1)
+    assert torch.equal(made.images, stock("klein", "bf16")(**arguments(), generator=seeded(1)).images)
+
+
+@pytest.mark.parametrize("form", ["dev", "klein"])
+def test_batches_of_one_equal_runs_of_one(form: str, folders: dict[str, Path], stock: Stock) -> None:
+    engine = Engine(str(folders[form]), dtype="bf16", batch_size=1)
+    made = engine.generate(**arguments(num_images_per_prompt=3, seed=20)).images
+    assert len(made) == 3
+    for index, one in enumerate(made):
+        alone = stock(form, "bf16")(**arguments(), generator=seeded(20 + index)).images
+        assert torch.equal(one, alone[0])
+
+
+def test_ragged_last_batch_equals_a_run_of_its_size(folders: dict[str, Path], stock: Stock) -> None:
+    made = Engine(str(folders["klein"]), dtype="fp32", batch_size=2).generate(
+        **arguments(num_images_per_prompt=3), generator=seeded(1, 2, 3)
+    )
+    pipeline = stock("klein", "fp32")
+    pair = pipeline(**arguments(num_images_per_prompt=2), generator=seeded(1, 2)).images
+    last = pipeline(**arguments(), generator=seeded(3)).images
+    assert torch.equal(made.images, torch.cat([pair, last]))
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def pictures_one_by_one(pipeline: Any, latents: torch.Tensor, output_type: str) -> Any:
+    """The stock VAE's pictures of the stock latents, decoded one image a call, as the engine decodes."""
+    if latents.ndim == 3:  # dev returns them packed
+        ids = pipeline._prepare_latent_ids(torch.empty(len(latents), 1, SIZE["height"] // 16, SIZE["width"] // 16))
+        norm = pipeline.vae.bn
+        mean = norm.running_mean.view(1, -1, 1, 1).to(latents.dtype)
+        deviation = torch.sqrt(norm.running_var.view(1, -1, 1, 1) + pipeline.vae.config.batch_norm_eps)
+        unpacked = pipeline._unpack_latents_with_ids(latents, ids) * deviation.to(latents.dtype) + mean
+        latents = pipeline._unpatchify_latents(unpacked)
+    with torch.no_grad():
+        decoded = torch.cat([pipeline.vae.decode(one, return_dict=False)[0] for one in latents.split(1)])
+    return pipeline.image_processor.postprocess(decoded, output_type=output_type)
+
+
+@pytest.mark.parametrize("output_type", ["pt", "np", "pil"])
+@pytest.mark.parametrize("form", FORMS)
+def test_pictures_equal_the_stock_ones(form: str, output_type: str, folders: dict[str, Path], stock: Stock) -> None:
+    made = Engine(str(folders[form]), dtype="fp32").generate(
+        **arguments(num_images_per_prompt=2, output_type=output_type), generator=seeded(1, 2)
+    )
+    pipeline = stock(form, "fp32")
+    latents = pipeline(**arguments(num_images_per_prompt=2), generator=seeded(1, 2)).images
+    expected = pictures_one_by_one(pipeline, latents, output_type)
+    assert len(made.images) == len(expected) == 2
+    assert type(made.images) is type(expected)
+    for one, other in zip(made.images, expected, strict=True):
+        assert np.array_equal(np.asarray(one), np.asarray(other))
+    assert np.asarray(made.images[0]).std() > 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_bf16_picture_equals_a_stock_run(form: str, folders: dict[str, Path], stock: Stock) -> None:
+    asked = arguments(output_type="np")
+    made = Engine(str(folders[form]), dtype="bf16").generate(**asked, generator=seeded(1)[0]).images
+    assert np.array_equal(made, stock(form, "bf16")(**asked, generator=seeded(1)[0]).images)
+
+
+# --- embeddings -----------------------------------------------------------------------------------------------------
+
+
+def cut_embeddings(folder: Path, dtype: str, groups: list[list[str]], placement: str = "gpu") -> list[torch.Tensor]:
+    engine = Engine(str(folder), dtype=dtype)
+    request = engine.request(groups[0], **SIZE, num_inference_steps=1, max_sequence_length=TEXT_TOKENS)
+    stage = placed(engine.plan(request).stage("encode"), placement)
+    encoder = TextEncoder(folder, engine.source.spec, stage, torch.device("cpu"), pytest.fail)
+    try:
+        return encoder.encode(groups, TEXT_TOKENS)
+    finally:
+        encoder.close()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("placement", ["gpu", "mixed"])
+@pytest.mark.parametrize("form", ["dev", "klein"])
+def test_embeddings_of_the_cut_encoder_are_those_of_the_whole(
+    form: str, placement: str, dtype: str, folders: dict[str, Path], stock: Stock
+) -> None:
+    groups = [[PROMPT, OTHER], [""]]
+    made = cut_embeddings(folders[form], dtype, groups, placement)
+    for prompts, embeds in zip(groups, made, strict=True):
+        with torch.no_grad():
+            expected, _ = stock(form, dtype).encode_prompt(prompts, max_sequence_length=TEXT_TOKENS)
+        assert embeds.dtype == expected.dtype
+        assert torch.equal(embeds, expected)
+
+
+@pytest.mark.parametrize(("form", "layers"), [("dev", 30), ("klein", 27)])
+def test_an_encoder_that_ends_at_the_last_tap_hands_out_the_normed_state(
+    form: str, layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny, "MISTRAL_LAYERS" if form == "dev" else "QWEN_LAYERS", layers)
+    folder = (tiny.write_dev if form == "dev" else tiny.write_klein)(tmp_path / form)
+    pipeline = tiny.load_stock(folder, align=True)
+    with torch.no_grad():
+        expected, _ = pipeline.encode_prompt([PROMPT, OTHER], max_sequence_length=TEXT_TOKENS)
+    (made,) = cut_embeddings(folder, "fp32", [[PROMPT, OTHER]])
+    assert torch.equal(made, expected)
+    norm = pipeline.text_encoder.model
+    norm = (norm.language_model if form == "dev" else norm).norm
+    width = tiny.HIDDEN
+    assert not torch.equal(norm(made[..., :width]), made[..., :width])  # the norm does change a state
+
+
+def test_a_long_prompt_is_cut_to_the_text_length(folders: dict[str, Path], stock: Stock) -> None:
+    long = " ".join([PROMPT] * 20)
+    for form in ("dev", "klein"):
+        (made,) = cut_embeddings(folders[form], "fp32", [[long]])
+        with torch.no_grad():
+            expected, _ = stock(form, "fp32").encode_prompt(long, max_sequence_length=TEXT_TOKENS)
+        assert torch.equal(made, expected)
