@@ -6,7 +6,7 @@ which a few steps do not repay. The others rest in one of three fills: pinned fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lowmem_flux2.planning.cost import block_sizes, stage_cost
@@ -80,30 +80,31 @@ def _encode(job: Job) -> Iterator[StagePlan]:
                 step_cache="off",
                 batch_size=batch,
             )
-            yield from _placed(job, bare)
+            yield from _placed(job, (bare,))
 
 
 def _denoise(job: Job) -> Iterator[StagePlan]:
     dtype = compute_dtype(job.selection, job.hardware)
     chunks = [chunk for chunk in CHUNK_TOKENS if chunk < job.workload.sequence_tokens]
+    if not job.support.chunk_tokens:
+        chunks = [0]
     for name in _formats(job, job.selection.weight_format, dtype):
         for batch in _batches(job.workload.num_images, job.selection.batch_size):
-            for chunk in chunks if job.support.chunk_tokens else (0,):
-                bare = StagePlan(
-                    stage="denoise",
-                    component="transformer",
-                    weight_format=name,
-                    compute_dtype=dtype,
-                    block_placements=(),
-                    non_block_placement=Placement.GPU,
-                    prefetch_depth=0,
-                    slots=0,
-                    chunk_tokens=chunk,
-                    tile_px=0,
-                    step_cache="off",
-                    batch_size=batch,
-                )
-                yield from _placed(job, bare)
+            bare = StagePlan(
+                stage="denoise",
+                component="transformer",
+                weight_format=name,
+                compute_dtype=dtype,
+                block_placements=(),
+                non_block_placement=Placement.GPU,
+                prefetch_depth=0,
+                slots=0,
+                chunk_tokens=0,
+                tile_px=0,
+                step_cache="off",
+                batch_size=batch,
+            )
+            yield from _placed(job, [replace(bare, chunk_tokens=chunk) for chunk in chunks])
 
 
 def _decode(job: Job) -> Iterator[StagePlan]:
@@ -159,18 +160,31 @@ def _batches(total: int, fixed: int) -> list[int]:
 # -------------------------------------------------------------------------------------------------- placements
 
 
-def _placed(job: Job, bare: StagePlan) -> Iterator[StagePlan]:
-    """The bare stage with all blocks resident, or streamed through each number of slots."""
-    total = len(block_sizes(bare, job.model))
+def _placed(job: Job, variants: Sequence[StagePlan]) -> Iterator[StagePlan]:
+    """Each variant with all blocks resident, or streamed through each number of slots.
+
+    The variants come in order of activations. Smaller chunks and fewer slots only save memory, so beside an earlier
+    variant they are worth trying with more residents than that one holds, and with none.
+    """
+    total = len(block_sizes(variants[0], job.model))
     if job.selection.placement in ("auto", "resident"):
-        yield job.priced(replace(bare, block_placements=(Placement.GPU,) * total))
-    if job.selection.placement != "resident":
+        yield from (job.priced(replace(bare, block_placements=(Placement.GPU,) * total)) for bare in variants)
+    if job.selection.placement == "resident":
+        return
+    held = dict.fromkeys(SLOT_COUNTS, -1)
+    for bare in variants:
         for slots in SLOT_COUNTS:
-            yield from _streamed(job, replace(bare, slots=slots, prefetch_depth=slots - 1))
+            beyond = max(most for others, most in held.items() if others >= slots)
+            most = yield from _streamed(job, replace(bare, slots=slots, prefetch_depth=slots - 1), beyond)
+            held[slots] = max(held[slots], most)
 
 
-def _streamed(job: Job, bare: StagePlan) -> Iterator[StagePlan]:
-    """Every number of resident blocks that fits, short of all; the others in each host fill."""
+def _streamed(job: Job, bare: StagePlan, beyond: int) -> Generator[StagePlan, None, int]:
+    """More than ``beyond`` resident blocks, up to as many as fit, and none; the others in each host fill.
+
+    Returns:
+        The most resident blocks that fit, short of all; negative where streaming makes no sense.
+    """
     sizes = block_sizes(bare, job.model)
     total = len(sizes)
     order = _residency_order(sizes)
@@ -191,13 +205,14 @@ def _streamed(job: Job, bare: StagePlan) -> Iterator[StagePlan]:
     # With no more blocks than slots, streaming takes the memory of residency: only a fixed placement asks for that.
     least = bare.slots + (fixed == "auto")
     most = _most_resident(job, total - least, lambda resident: uniform(resident, last))
-    for resident in range(most, -1, -1):
+    for resident in dict.fromkeys((*range(most, beyond, -1), *((0,) if most >= 0 else ()))):
         slowest = uniform(resident, last)
         yield slowest
         if fixed == "auto" and job.hardware.device == "cuda":
             left = [sizes[index] for index in order[resident:]]
             fills = dict.fromkeys(_fills(left, slowest.cost, job.limits))
             yield from (placed(resident, fill) for fill in fills if set(fill) != {Placement.DISK})
+    return most
 
 
 def _most_resident(job: Job, high: int, with_resident: Callable[[int], StagePlan]) -> int:

@@ -128,7 +128,7 @@ def _read_exactly(descriptor: int, destination: torch.Tensor, offset: int, path:
     """Fill the contiguous 1-D host tensor from the file at ``offset``."""
     if destination.numel() == 0:
         return
-    target = memoryview(destination.view(torch.uint8).numpy())
+    target = memoryview(destination.view(torch.uint8).numpy().data)
     while target.nbytes:
         try:
             count = _read_at(descriptor, target, offset)

@@ -62,7 +62,7 @@ class Decoder:
             NonFiniteLatents: a picture came out with NaN or infinity, which would be saved as black.
         """
         pictures: list[torch.Tensor] = []
-        for one in latents.split(1):
+        for one in latents.chunk(len(latents)):
             picture = self._vae.decode(one.to(self._device), return_dict=False)[0].to("cpu")
             if not bool(torch.isfinite(picture).all()):
                 hint = "try --dtype fp32" if picture.dtype is torch.float16 else "the VAE's weights may be broken"

@@ -59,6 +59,6 @@ def _check_disk(source: ModelSource) -> None:
     needed, free = weights * DTYPE_BYTES[spec.stored_dtype], shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointMissing(
-            f"downloading {source.repo_id} needs about {format_bytes(needed)} of disk, {folder} has {format_bytes(free)} "
-            "free; set HF_HOME to a folder with more, or a local folder with -m"
+            f"downloading {source.repo_id} needs about {format_bytes(needed)} of disk, {folder} has "
+            f"{format_bytes(free)} free; set HF_HOME to a folder with more, or a local folder with -m"
         )

@@ -1,7 +1,7 @@
 """The encode stage: prompts to embeddings, through the used layers of the text encoder alone.
 
-Only the tapped hidden states are kept. The layers after the last tapped one, the final norm, lm_head and the vision part
-are never built, never read; the token embedding stays in its file and only the prompt's rows are looked up.
+Only the tapped hidden states are kept. The layers after the last tapped one, the final norm, lm_head and the vision
+part are never built, never read; the token embedding stays in its file and only the prompt's rows are looked up.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class TextEncoder:
         return masks
 
 
-def _decoder_on_meta(folder: Path, model: ModelSpec) -> nn.Module:
+def _decoder_on_meta(folder: Path, model: ModelSpec) -> Any:
     """The inner decoder with only the used layers, weights on the meta device, rotary tables real."""
     if model.form == "dev":
         from transformers import MistralModel as Decoder
@@ -189,7 +189,7 @@ def _decoder_on_meta(folder: Path, model: ModelSpec) -> nn.Module:
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:used]
     with init_empty_weights(include_buffers=False), no_init_weights():
-        decoder: nn.Module = Decoder(config)
+        decoder = Decoder(config)
     return decoder.eval()
 
 

@@ -1,4 +1,4 @@
-"""The Python entry point, with diffusers' names: ``Engine(model=...).generate(prompt=..., num_inference_steps=...)``."""
+"""The Python entry point, with diffusers' names: ``Engine(model=...).generate(prompt=..., guidance_scale=...)``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class Generation:
     """What ``generate`` returns.
 
     Attributes:
-        images: a list of PIL images, an array (n, h, w, 3) or tensor (n, 3, h, w) in [0, 1], or latents, by ``output_type``.
+        images: by ``output_type`` a list of PIL images, an array (n, h, w, 3) or tensor (n, 3, h, w) in [0, 1], or
+            latents.
         seeds: seed of each image; None where the caller gave generators or latents.
         report: predicted beside measured.
     """
@@ -161,7 +162,7 @@ class Engine:
         num_images_per_prompt: int = 1,
         max_sequence_length: int | None = None,
     ) -> Request:
-        """A checked request with the model's defaults filled in. Sizes are rounded down, with a warning, as in diffusers."""
+        """A checked request with the model's defaults. Sizes are rounded down, with a warning, as in diffusers."""
         multiple = self._source.spec.size_multiple
         return make_request(
             self._source.spec,
@@ -199,8 +200,8 @@ class Engine:
         """Make pictures. Arguments as in diffusers' Flux2Pipeline and Flux2KleinPipeline; ``seed`` is ours.
 
         Args:
-            seed: image i uses a generator of its own with ``seed + i``; drawn at random where neither seed, generator nor
-                latents are given. Every seed is in the result.
+            seed: image i uses a generator of its own with ``seed + i``; drawn at random where neither seed, generator
+                nor latents are given. Every seed is in the result.
             plan: carry this plan out instead of making one.
 
         Raises:
@@ -267,7 +268,7 @@ class Engine:
             inputs = replace(inputs, generators=[torch.Generator().manual_seed(number) for number in numbers])
         if output_type == "latent":
             # The stock pipelines differ here: dev returns packed latents, klein denormalised and unpatchified ones.
-            inputs = replace(inputs, stop_at="denoise" if form == "dev" else None, pictures=False)
+            inputs = replace(inputs, result="packed_latents" if form == "dev" else "vae_latents")
         executor = Executor(plan, self._source.spec, folder, self._device, self._observer)
         outcome = executor.run(request, inputs)
         prompts = [text for text in request.prompts for _ in range(request.num_images_per_prompt)]

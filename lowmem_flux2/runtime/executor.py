@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -22,8 +22,10 @@ from lowmem_flux2.planning.workload import Request
 from lowmem_flux2.report import StageMeasure
 from lowmem_flux2.runtime.decode import Decoder
 from lowmem_flux2.runtime.denoise import Denoiser, Generators, StepCallback, initial_latents
-from lowmem_flux2.runtime.device import DTYPES, cap_vram, measure, release_memory, synchronize, torch_device
+from lowmem_flux2.runtime.device import cap_vram, measure, release_memory, synchronize, torch_device
 from lowmem_flux2.runtime.encode import TextEncoder
+
+Wanted = Literal["pictures", "vae_latents", "packed_latents"]
 
 
 class Observer(Protocol):
@@ -79,9 +81,7 @@ class Inputs:
     negative_prompt_embeds: torch.Tensor | None = None
     sigmas: Sequence[float] | None = None
     callback: StepCallback | None = None
-    stop_at: Stage | None = None
-    """``denoise``: stop with packed latents; ``decode`` before the VAE's decoder runs is reached by ``pictures=False``."""
-    pictures: bool = True
+    result: Wanted = "pictures"
 
 
 def check_inputs(model: ModelSpec, request: Request, inputs: Inputs) -> None:
@@ -132,7 +132,7 @@ class Executor:
         cap_vram(self._device, self._plan.limits.vram_bytes, self._plan.hardware.context_bytes)
         embeds, negative = self._encode(request, inputs)
         self._outcome.packed_latents = self._denoise(request, inputs, embeds, negative)
-        if inputs.stop_at != "denoise":
+        if inputs.result != "packed_latents":
             self._decode(request, inputs, self._outcome.packed_latents)
         return self._outcome
 
@@ -196,7 +196,7 @@ class Executor:
             loaded()
             try:
                 latents = decoder.unpack(packed, request.height // multiple, request.width // multiple)
-                if inputs.pictures:
+                if inputs.result == "pictures":
                     self._outcome.pictures = decoder.decode(latents, self._observer.advanced)
                 self._outcome.vae_latents = latents.to("cpu")
             finally:
@@ -239,8 +239,3 @@ class Executor:
             )
         )
         self._observer.stage_finished(stage)
-
-
-def compute_dtype(plan: Plan) -> torch.dtype:
-    """The dtype of latents and embeddings in this plan."""
-    return DTYPES[plan.stage("denoise").compute_dtype]

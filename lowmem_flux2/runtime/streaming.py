@@ -5,10 +5,10 @@
     │ pinned / pageable    │ ─ copy k+1 while k computes ───► slot (k+1) mod n
     └ disk: safetensors    ┘ ─ read into a ring, then copy ─► slot ...
 
-A block's tensors lie in one span, each aligned to 256 bytes, so a block is one copy. Slots are allocated once; there is no
-allocation in the loop. On a GPU the host issues copies on one stream and never waits for it: the compute stream waits for
-the copy's event, and the copy stream for the event after the slot's last use. With ``device=cpu`` the same code runs, a
-worker thread in place of the copy stream.
+A block's tensors lie in one span, each aligned to 256 bytes, so a block is one copy. Slots are allocated once; there
+is no allocation in the loop. On a GPU the host issues copies on one stream and never waits for it: the compute stream
+waits for the copy's event, and the copy stream for the event after the slot's last use. With ``device=cpu`` the same code
+runs, a worker thread in place of the copy stream.
 """
 
 from __future__ import annotations
@@ -313,7 +313,6 @@ class _CudaTransport:
     """One copy stream; per slot one event after the copy and one after the block that used it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._copied: dict[int, torch.cuda.Event] = {}
