@@ -51,7 +51,7 @@ class DoesNotFit(LowMemFlux2Error):
 
     Args:
         stage: encode, denoise or decode.
-        resource: vram, ram or disk.
+        resource: vram, ram, or pinnable ram (a plan that was to pin more than may be pinned).
         needed_bytes: the least that any plan of this stage needs of the resource.
         available_bytes: what there is, after reserves and the caller's cap.
         closest: commands (or changes) with their peaks that would fit, best first.

@@ -7,8 +7,8 @@
 
 A block's tensors lie in one span, each aligned to 256 bytes, so a block is one copy. Slots are allocated once; there
 is no allocation in the loop. On a GPU the host issues copies on one stream and never waits for it: the compute stream
-waits for the copy's event, and the copy stream for the event after the slot's last use. With ``device=cpu`` the same code
-runs, a worker thread in place of the copy stream.
+waits for the copy's event, and the copy stream for the event after the slot's last use. With ``device=cpu`` the same
+code runs, a worker thread in place of the copy stream.
 """
 
 from __future__ import annotations
