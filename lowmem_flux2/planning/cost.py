@@ -300,13 +300,15 @@ def _assemble(stage: StagePlan, sizes: Sequence[int], hardware: Hardware, load: 
     if on_host:
         host += resident + slots + activation + margin
     else:
-        # A resident block passes through host memory as a whole, while the arenas are there.
-        arenas = pinned + ring + at[Placement.PAGEABLE] + resident_largest
-        host += CUDA_HOST_BYTES + resident_largest + max(0, load.once_staging_bytes - arenas)
+        # Before the arenas exist, resident blocks pass through two host buffers, and embedders through one.
+        passing = max(ring + 2 * resident_largest, load.once_staging_bytes)
+        host += CUDA_HOST_BYTES + max(0, passing - (pinned + ring + at[Placement.PAGEABLE]))
     loaded = resident + load.once_bytes + pinned + at[Placement.PAGEABLE]
     load_s = loaded / hardware.disk_read_bytes_per_s
     if not on_host:
-        load_s += (pinned + ring) / hardware.pin_bytes_per_s + resident / hardware.h2d_pageable_bytes_per_s
+        # One block is copied to the device while the next is read.
+        load_s = max(load_s, resident / hardware.h2d_pageable_bytes_per_s)
+        load_s += (pinned + ring) / hardware.pin_bytes_per_s
     run_s = load.rounds * load.round_s
     streamed = sum(at.values()) - at[Placement.GPU]
     return StageCost(

@@ -182,8 +182,6 @@ class BlockStreamer:
 
     def _load(self, warn: Callable[[str], None]) -> None:
         """Read every block that rests in memory: resident ones to the device, the others into their host arena."""
-        host = torch.device("cpu")
-        staging: torch.Tensor | None = None
         for placement in (Placement.GPU, Placement.PINNED, Placement.PAGEABLE):
             chosen = [index for index, placed in enumerate(self._placements) if placed is placement]
             total = sum(self._layouts[index].total_bytes for index in chosen)
@@ -201,15 +199,31 @@ class BlockStreamer:
                 span = arena[offset : offset + layout.total_bytes]
                 offset += layout.total_bytes
                 self._spans[index] = span
-                if on_device and self._device != host:
-                    if staging is None:
-                        staging = allocate(max(self._layouts[i].total_bytes for i in chosen), host)
-                    read_span(layout, self._files, staging[: layout.total_bytes])
-                    span.copy_(staging[: layout.total_bytes])
-                else:
-                    read_span(layout, self._files, span)
                 if on_device:
                     bind(self._blocks[index], layout, span)
+            if on_device and self._device.type != "cpu":
+                self._load_through_host(chosen)
+            else:
+                for index in chosen:
+                    read_span(self._layouts[index], self._files, self._spans[index])
+
+    def _load_through_host(self, chosen: Sequence[int]) -> None:
+        """Read blocks to the device through two host buffers: one is copied while the worker reads the next."""
+        largest = max(self._layouts[index].total_bytes for index in chosen)
+        buffers = [allocate(largest, torch.device("cpu")) for _ in range(min(2, len(chosen)))]
+
+        def read(number: int) -> torch.Tensor:
+            layout = self._layouts[chosen[number]]
+            buffer = buffers[number % len(buffers)][: layout.total_bytes]
+            read_span(layout, self._files, buffer)
+            return buffer
+
+        reading = self._worker.submit(read, 0)
+        for number, index in enumerate(chosen):
+            ready = reading.result()
+            if number + 1 < len(chosen):
+                reading = self._worker.submit(read, number + 1)
+            self._spans[index].copy_(ready)
 
     def _host_span(self, size_bytes: int, pin: bool, warn: Callable[[str], None]) -> torch.Tensor:
         """Host memory; pinned by registering it, since pinned allocations are rounded up to a power of two."""

@@ -169,9 +169,11 @@ def test_more_vram_never_gives_a_worse_plan(
     large = at(tenths_gib + more)
     if not small.not_executable:
         for worse, better in zip(rates(small, hardware, prefer), rates(large, hardware, prefer), strict=True):
-            assert better <= worse
+            assert all(after <= before * (1 + VRAM_TOLERANCE) for before, after in zip(worse, better, strict=True))
 
 
+VRAM_TOLERANCE = 0.005
+"""Fewer slots are tried only with more residents than more slots hold; pinning one slot's ring is a little quicker."""
 RAM_TOLERANCE = 0.02
 """Host tiers are filled greedily, pinned first or pageable first, not in every mixture: more RAM can shift a mixture
 away from one that was a little better."""
