@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from lowmem_flux2 import options as opt
+from lowmem_flux2.arguments import Asked, Wanted, read_prompts, refuse_references, resolve, selection_of
 from lowmem_flux2.errors import Interrupted, LowMemFlux2Error, NotExecutable, UsageError
 from lowmem_flux2.planning.hardware import Profile, check_profile, list_profiles, profiles_dir, read_profile
-from lowmem_flux2.planning.job import Machine, plan_job, replay, resolve_machine
+from lowmem_flux2.planning.job import plan_job, replay, resolve_machine
 from lowmem_flux2.planning.plan import Plan, read_plan
-from lowmem_flux2.planning.planner import Selection
-from lowmem_flux2.planning.sources import EMBEDDED, ModelSource, resolve_model
-from lowmem_flux2.planning.workload import Request, image_seeds, make_request
-from lowmem_flux2.units import format_bytes, parse_bytes
+from lowmem_flux2.planning.sources import EMBEDDED, resolve_model
+from lowmem_flux2.planning.workload import image_seeds
+from lowmem_flux2.units import format_bytes
 from lowmem_flux2.version import __version__
 
 if TYPE_CHECKING:
@@ -43,116 +43,13 @@ err = Console(stderr=True, highlight=False)
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A parsed and resolved command line: all that the planner needs."""
+class Running:
+    """What only a run needs to know: the device, and where weights may come from."""
 
-    model: str
-    source: ModelSource
-    machine: Machine
-    request: Request
-    selection: Selection
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """The request's flags as typed; None takes the plan file's value, else the model's."""
-
-    model: str | None
-    prompts: tuple[str, ...]
-    width: int | None
-    height: int | None
-    steps: int | None
-    guidance: float | None
-    num_images: int
-    negative_prompt: str | None
-    max_sequence_length: int | None
-
-    def after(self, plan: Plan) -> Wanted:
-        """Fill what was not typed from a plan that is to be carried out."""
-        work = plan.workload
-        return Wanted(
-            model=self.model or plan.model,
-            prompts=self.prompts,
-            width=self.width or work.width,
-            height=self.height or work.height,
-            steps=work.steps if self.steps is None else self.steps,
-            guidance=self.guidance,
-            num_images=self.num_images,
-            negative_prompt=self.negative_prompt,
-            max_sequence_length=self.max_sequence_length or work.text_tokens,
-        )
-
-
-def _resolve(
-    wanted: Wanted, selection: Selection, profile: str, device: str, revision: str | None, offline: bool
-) -> Asked:
-    model = wanted.model or EMBEDDED
-    source = resolve_model(model, revision=revision, offline=offline)
-    request = make_request(
-        source.spec,
-        wanted.prompts,
-        negative_prompt=wanted.negative_prompt,
-        width=wanted.width,
-        height=wanted.height,
-        num_inference_steps=wanted.steps,
-        guidance_scale=wanted.guidance,
-        num_images_per_prompt=wanted.num_images,
-        max_sequence_length=wanted.max_sequence_length,
-    )
-    return Asked(model, source, resolve_machine(profile, device, selection.max_ram_bytes), request, selection)
-
-
-def _selection(
-    *,
-    prefer: opt.Prefer,
-    weight_format: str,
-    text_weight_format: str,
-    dtype: str,
-    placement: opt.Placed,
-    vae_tile: str,
-    step_cache: str,
-    batch_size: int,
-    max_vram: str | None,
-    max_ram: str | None,
-) -> Selection:
-    return Selection(
-        prefer=prefer.value,
-        weight_format=weight_format,
-        text_weight_format=text_weight_format,
-        dtype=dtype,
-        placement=placement.value,
-        vae_tile=vae_tile,
-        step_cache=step_cache,
-        batch_size=batch_size,
-        max_vram_bytes=_size("--max-vram", max_vram),
-        max_ram_bytes=_size("--max-ram", max_ram),
-    )
-
-
-def _size(flag: str, text: str | None) -> int | None:
-    try:
-        return None if text is None else parse_bytes(text)
-    except UsageError as error:
-        raise UsageError(f"{flag}: {error}") from None
-
-
-def _prompts(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
-    prompts = list(given or ())
-    if file is not None:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--prompt-file {file}: cannot read it: {error}") from None
-        found = [line.strip() for line in lines if line.strip()]
-        if not found:
-            raise UsageError(f"--prompt-file {file}: there is no prompt in it")
-        prompts += found
-    return tuple(prompts)
-
-
-def _refuse_references(references: list[Path] | None) -> None:
-    if references:
-        raise UsageError("--image: reference images are not in this version; leave the flag out")
+    device: str
+    offline: bool
+    cache_dir: Path | None
+    may_prepare: bool
 
 
 @app.command()
@@ -200,9 +97,7 @@ def generate(
     from lowmem_flux2.planning.explain import explain
     from lowmem_flux2.runtime.picture import OutputPattern
 
-    _refuse_references(image)
-    if cache_dir is not None:
-        raise UsageError("--cache-dir: this version keeps no prepared weights or prompts; leave the flag out")
+    refuse_references(image)
     if allow_format_change:
         raise UsageError("--allow-format-change: this version does not re-plan while running; leave the flag out")
     pattern = OutputPattern(output)
@@ -210,7 +105,7 @@ def generate(
         raise UsageError(f"--report {report}: there is no folder {report.parent}; create it first")
     wanted = Wanted(
         model,
-        _prompts(prompt, prompt_file),
+        read_prompts(prompt, prompt_file),
         width,
         height,
         steps,
@@ -219,7 +114,7 @@ def generate(
         negative_prompt,
         max_sequence_length,
     )
-    selection = _selection(
+    selection = selection_of(
         prefer=prefer,
         weight_format=weight_format,
         text_weight_format=text_weight_format,
@@ -233,10 +128,10 @@ def generate(
     )
     if plan is not None:
         replayed = read_plan(plan)
-        asked = _resolve(wanted.after(replayed), selection, profile, device, revision, offline)
+        asked = resolve(wanted.after(replayed), selection, profile, device, revision, offline)
         made = replay(replayed, asked.source, asked.machine, asked.request, plan)
     else:
-        asked = _resolve(wanted, selection, profile, device, revision, offline)
+        asked = resolve(wanted, selection, profile, device, revision, offline)
         made = plan_job(asked.source, asked.machine, asked.request, selection, running=True)
     seeds = image_seeds(seed, asked.request.num_images)
     if not quiet or dry_run:
@@ -248,7 +143,8 @@ def generate(
             "no plan that this version can carry out fits; the one above needs: " + "; ".join(made.not_executable)
         )
     with _interruptible():
-        _run(asked, made, pattern, seeds, device, offline, report, metadata=not no_metadata, quiet=quiet)
+        running = Running(device, offline, cache_dir, not no_prepare)
+        _run(asked, made, running, pattern, seeds, report, metadata=not no_metadata, quiet=quiet)
 
 
 @contextmanager
@@ -263,10 +159,9 @@ def _interruptible() -> Iterator[None]:
 def _run(
     asked: Asked,
     made: Plan,
+    running: Running,
     pattern: OutputPattern,
     seeds: list[int],
-    device: str,
-    offline: bool,
     report_file: Path | None,
     *,
     metadata: bool,
@@ -282,7 +177,14 @@ def _run(
     request = asked.request
     with ConsoleObserver(err, quiet) as observer:
         engine = Engine.of(
-            asked.source, asked.machine, asked.selection, device=device, offline=offline, observer=observer
+            asked.source,
+            asked.machine,
+            asked.selection,
+            device=running.device,
+            offline=running.offline,
+            cache_dir=running.cache_dir,
+            may_prepare=running.may_prepare,
+            observer=observer,
         )
         result = engine.run(request, made, Inputs(), seeds)
     records = []
@@ -333,10 +235,10 @@ def plan(
 
     lowmem-flux2 plan -m flux2-dev --profile rtx-3060-12gb --max-ram 32GiB
     """
-    _refuse_references(image)
-    prompts = _prompts(prompt, prompt_file) or ("(no prompt)",)
+    refuse_references(image)
+    prompts = read_prompts(prompt, prompt_file) or ("(no prompt)",)
     wanted = Wanted(model, prompts, width, height, steps, guidance, num_images, negative_prompt, max_sequence_length)
-    selection = _selection(
+    selection = selection_of(
         prefer=prefer,
         weight_format=weight_format,
         text_weight_format=text_weight_format,
@@ -348,7 +250,7 @@ def plan(
         max_vram=max_vram,
         max_ram=max_ram,
     )
-    asked = _resolve(wanted, selection, profile, device, revision, offline)
+    asked = resolve(wanted, selection, profile, device, revision, offline)
     made = plan_job(asked.source, asked.machine, asked.request, selection)
     if as_json:
         sys.stdout.write(json.dumps(made.to_json(), indent=2) + "\n")
@@ -356,6 +258,47 @@ def plan(
     from lowmem_flux2.planning.explain import explain
 
     out.print(explain(made))
+
+
+@app.command()
+def prepare(
+    model: opt.Model = None,
+    weight_format: Annotated[
+        str, typer.Option("--weight-format", help="int8, fp8, nf4 (needs bitsandbytes) or int4.")
+    ] = "int8",
+    component: Annotated[
+        opt.Prepared, typer.Option("--component", help="What to prepare; both, one after the other, if not given.")
+    ] = opt.Prepared.both,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    revision: opt.Revision = None,
+    offline: opt.Offline = False,
+    cache_dir: opt.CacheDir = None,
+    list_all: Annotated[bool, typer.Option("--list", help="List what is prepared.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read everything that is prepared; name what is damaged.")
+    ] = False,
+    remove: Annotated[str | None, typer.Option("--remove", help="Remove an entry of --list, by its name.")] = None,
+) -> None:
+    """Quantize a checkpoint once, block by block, so that no later start does it again.
+
+    lowmem-flux2 prepare -m flux2-dev --weight-format int8
+    """
+    from lowmem_flux2 import preparing
+
+    cache = preparing.cache_of(cache_dir)
+    if list_all:
+        out.print(preparing.listing(cache))
+    elif verify:
+        preparing.verify(cache, out)
+    elif remove is not None:
+        preparing.remove(cache, remove)
+        out.print(f"removed {remove}", soft_wrap=True)
+    else:
+        source = resolve_model(model or EMBEDDED, revision=revision, offline=offline)
+        machine = resolve_machine("auto", device)
+        with _interruptible():
+            preparing.prepare_all(source, machine, weight_format, component.components, dtype, cache, offline, out, err)
 
 
 @app.command()

@@ -24,6 +24,16 @@ class Placed(StrEnum):
     disk = "disk"
 
 
+class Prepared(StrEnum):
+    both = "both"
+    transformer = "transformer"
+    text_encoder = "text_encoder"
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return ("text_encoder", "transformer") if self is Prepared.both else (self.value,)
+
+
 ASK, FIT, LOOK = "What to draw", "How to fit it", "Output"
 Prompts = Annotated[
     list[str] | None, typer.Option("-p", "--prompt", help="What to draw; repeat for several.", rich_help_panel=ASK)
@@ -132,10 +142,15 @@ Quiet = Annotated[
     bool, typer.Option("-q", "--quiet", help="Print nothing but warnings, errors and file names.", rich_help_panel=LOOK)
 ]
 CacheDir = Annotated[
-    Path | None, typer.Option("--cache-dir", help="For prepared weights and prompts; not in this version.", hidden=True)
+    Path | None,
+    typer.Option(
+        "--cache-dir",
+        help="Folder of prepared weights.  [default: LOWMEM_FLUX2_CACHE, else the platform's]",
+        rich_help_panel=FIT,
+    ),
 ]
 NoPrepare = Annotated[
-    bool, typer.Option("--no-prepare", help="Never prepare weights; this version never does.", hidden=True)
+    bool, typer.Option("--no-prepare", help="Refuse to quantize weights that are not prepared.", rich_help_panel=FIT)
 ]
 AllowFormatChange = Annotated[
     bool,

@@ -67,17 +67,18 @@ _WEIGHT_TABLE = "relative weight error on Gaussian weights, measured 2026 on CPU
 
 # int8: one bf16 scale per output row. fp8: cast, no scales. nf4: fp32 absmax per 64 weights, itself quantized to 8 bits
 # in groups of 256 (bitsandbytes double quantization: 1/64 + 4/(64*256) bytes). int4: bf16 scale and shift per 128.
-# Transients, as multiples of the Linear's bf16 weight (2 bytes): fp8 cast 1.5, int8 1.5, int4 2.3; nf4 counted as int4.
+# Transients, counted in runtime/quantize.py for a 16-bit compute dtype: the expanded weight (2 bytes), for int4 one
+# unpacked half (0.5), for nf4 its absmax in fp32 (4/64). Not measured on a GPU.
 FORMATS: dict[str, WeightFormat] = {
     fmt.name: fmt
     for fmt in (
         WeightFormat("fp32", 4, 4, 0, None, 0.0, _EXACT),
         WeightFormat("bf16", 2, 2, 0, (8, 0), 0.0, _EXACT),
         WeightFormat("fp16", 2, 2, 0, None, 0.0002, _FP16),
-        WeightFormat("int8", 1 + 2 / 4096, 2, 3.0, None, 0.008, _WEIGHT_TABLE),
-        WeightFormat("fp8", 1, 2, 3.0, None, 0.033, _WEIGHT_TABLE),
-        WeightFormat("nf4", 0.5 + 1 / 64 + 4 / (64 * 256), 2, 4.6, None, 0.092, _WEIGHT_TABLE),
-        WeightFormat("int4", 0.5 + 4 / 128, 2, 4.6, None, 0.100, _WEIGHT_TABLE),
+        WeightFormat("int8", 1 + 2 / 4096, 2, 2.0, None, 0.008, _WEIGHT_TABLE),
+        WeightFormat("fp8", 1, 2, 2.0, None, 0.033, _WEIGHT_TABLE),
+        WeightFormat("nf4", 0.5 + 1 / 64 + 4 / (64 * 256), 2, 2.1, None, 0.092, _WEIGHT_TABLE),
+        WeightFormat("int4", 0.5 + 4 / 128, 2, 2.5, None, 0.100, _WEIGHT_TABLE),
     )
 }
 

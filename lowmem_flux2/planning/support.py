@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.plan import StagePlan
@@ -20,7 +21,9 @@ class Support:
         """What the stage needs that is not there, in words; empty when it can run."""
         lacks = []
         if stage.weight_format not in self.weight_formats:
-            lacks.append(f"{stage.component} weights in {stage.weight_format}")
+            library = LIBRARY_OF.get(stage.weight_format)
+            remedy = f" (needs {library}, which is not installed: pip install 'lowmem-flux2[cuda]')" if library else ""
+            lacks.append(f"{stage.component} weights in {stage.weight_format}{remedy}")
         if stage.step_cache not in self.step_caches:
             lacks.append(f"step cache {stage.step_cache}")
         if stage.chunk_tokens and not self.chunk_tokens:
@@ -28,7 +31,15 @@ class Support:
         return tuple(lacks)
 
 
-SUPPORTED = Support(
-    weight_formats=frozenset({"fp32", "fp16", "bf16"}), step_caches=frozenset({"off"}), chunk_tokens=False
-)
+LIBRARY_OF = {"nf4": "bitsandbytes"}
+"""Formats that run only where a library of an extra is installed."""
+
+
+def installed() -> Support:
+    """What the executor can do with the libraries that are installed here; looks for them without importing any."""
+    formats = {name for name in FORMATS if name not in LIBRARY_OF or find_spec(LIBRARY_OF[name]) is not None}
+    return Support(weight_formats=frozenset(formats), step_caches=frozenset({"off"}), chunk_tokens=False)
+
+
+SUPPORTED = installed()
 EVERYTHING = Support(weight_formats=frozenset(FORMATS), step_caches=frozenset({"off"}), chunk_tokens=True)

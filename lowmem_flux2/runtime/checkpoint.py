@@ -114,17 +114,17 @@ class TensorFile:
         offset = header.data_begin + info.begin + first * stored.itemsize
         descriptor = self._descriptors[header.path]
         if stored == destination.dtype:
-            _read_exactly(descriptor, destination, offset, header.path)
+            read_exactly(descriptor, destination, offset, header.path)
             return
         piece = max(1, CONVERT_BYTES // stored.itemsize)
         for start in range(0, destination.numel(), piece):
             part = destination[start : start + piece]
             staging = torch.empty(part.numel(), dtype=stored)
-            _read_exactly(descriptor, staging, offset + start * stored.itemsize, header.path)
+            read_exactly(descriptor, staging, offset + start * stored.itemsize, header.path)
             part.copy_(staging)
 
 
-def _read_exactly(descriptor: int, destination: torch.Tensor, offset: int, path: Path) -> None:
+def read_exactly(descriptor: int, destination: torch.Tensor, offset: int, path: Path) -> None:
     """Fill the contiguous 1-D host tensor from the file at ``offset``."""
     if destination.numel() == 0:
         return

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLFlux2, Flux2Pipeline
-from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 
 from lowmem_flux2.errors import NonFiniteLatents
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import StagePlan
 from lowmem_flux2.runtime.checkpoint import TensorFile
 from lowmem_flux2.runtime.device import DTYPES
-from lowmem_flux2.runtime.streaming import load_module, unbind
+from lowmem_flux2.runtime.layout import load_module, unbind
 
 
 class Decoder:
@@ -35,7 +33,6 @@ class Decoder:
             self._vae.enable_tiling()
             self._vae.tile_sample_min_size = stage.tile_px
             self._vae.tile_latent_min_size = stage.tile_px // model.vae.spatial_factor
-        self.image_processor = Flux2ImageProcessor(vae_scale_factor=model.size_multiple)
 
     @torch.no_grad()
     def unpack(self, packed: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -55,21 +52,19 @@ class Decoder:
         return unpatched
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, on_image: Callable[[], None]) -> torch.Tensor:
-        """VAE latents to pictures (images, 3, height, width) on the host, in about [-1, 1].
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """VAE latents of one image (1, channels, height, width) to its picture (1, 3, height, width), on the host.
+
+        Values are in about [-1, 1].
 
         Raises:
-            NonFiniteLatents: a picture came out with NaN or infinity, which would be saved as black.
+            NonFiniteLatents: the picture came out with NaN or infinity, which would be saved as black.
         """
-        pictures: list[torch.Tensor] = []
-        for one in latents.chunk(len(latents)):
-            picture = self._vae.decode(one.to(self._device), return_dict=False)[0].to("cpu")
-            if not bool(torch.isfinite(picture).all()):
-                hint = "try --dtype fp32" if picture.dtype is torch.float16 else "the VAE's weights may be broken"
-                raise NonFiniteLatents(f"decode: NaN or infinity in picture {len(pictures) + 1}; {hint}")
-            pictures.append(picture)
-            on_image()
-        return torch.cat(pictures)
+        picture: torch.Tensor = self._vae.decode(latents.to(self._device), return_dict=False)[0].to("cpu")
+        if not bool(torch.isfinite(picture).all()):
+            hint = "try --dtype fp32" if picture.dtype is torch.float16 else "the VAE's weights may be broken"
+            raise NonFiniteLatents(f"decode: NaN or infinity in the picture; {hint}")
+        return picture
 
     def close(self) -> None:
         unbind(self._vae)

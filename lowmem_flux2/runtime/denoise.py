@@ -8,13 +8,12 @@ weights are there, so true guidance costs no second transfer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import init_empty_weights
-from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline, Flux2Transformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, retrieve_timesteps
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
@@ -24,8 +23,11 @@ from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import StagePlan
 from lowmem_flux2.planning.workload import Request
 from lowmem_flux2.runtime.checkpoint import TensorFile
+from lowmem_flux2.runtime.components import transformer_blocks, transformer_on_meta
 from lowmem_flux2.runtime.device import DTYPES, release_memory
-from lowmem_flux2.runtime.streaming import BlockStreamer, load_module, unbind
+from lowmem_flux2.runtime.layout import load_module, unbind
+from lowmem_flux2.runtime.store import PreparedStore
+from lowmem_flux2.runtime.streaming import BlockStreamer
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 StepCallback = Callable[[object, int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
@@ -84,6 +86,18 @@ class _Pass:
     encoder_hidden: torch.Tensor
 
 
+@dataclass(slots=True)
+class Progress:
+    """How far denoising has come: packed latents of finished batches, and of the batch under way after ``step`` steps.
+
+    Kept by the caller, so that another Denoiser goes on where one ran out of memory.
+    """
+
+    finished: list[torch.Tensor] = field(default_factory=list)
+    latents: torch.Tensor | None = None
+    step: int = 0
+
+
 class Denoiser:
     """The transformer of one checkpoint, its blocks placed by the plan."""
 
@@ -95,6 +109,7 @@ class Denoiser:
         request: Request,
         device: torch.device,
         warn: Callable[[str], None],
+        store: PreparedStore | None = None,
     ) -> None:
         self._model = model
         self._stage = stage
@@ -102,9 +117,8 @@ class Denoiser:
         self._device = device
         self._dtype = DTYPES[stage.compute_dtype]
         self._warn = warn
-        config = Flux2Transformer2DModel.load_config(folder / "transformer")
-        with init_empty_weights(include_buffers=False):
-            self._transformer = Flux2Transformer2DModel.from_config(config).eval()
+        self._store = store
+        self._transformer = transformer_on_meta(folder / "transformer")
         self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
         self._streamer: BlockStreamer | None = None
         self._files = TensorFile(folder / "transformer")  # last: nothing after it can fail and leave it open
@@ -116,6 +130,7 @@ class Denoiser:
         prompt_embeds: torch.Tensor,
         negative_embeds: torch.Tensor | None,
         *,
+        progress: Progress | None = None,
         sigmas: Sequence[float] | None = None,
         callback: StepCallback | None = None,
         on_loaded: Callable[[], None] = lambda: None,
@@ -127,6 +142,7 @@ class Denoiser:
             latents: initial noise (images, channels, height, width), host.
             prompt_embeds: (images, tokens, joint_dim), host; one row an image.
             negative_embeds: the same for the second guidance pass, or None.
+            progress: where to go on, and kept up to date at each step; None starts from the noise.
             callback: diffusers' ``callback_on_step_end``, with ``latents`` only.
 
         Returns:
@@ -135,6 +151,7 @@ class Denoiser:
         Raises:
             NonFiniteLatents: names the step and the first block whose output is not finite.
         """
+        progress = progress or Progress()
         size = self._stage.batch_size
         batches = [slice(at, at + size) for at in range(0, len(latents), size)]
         timesteps = self._timesteps(latents, sigmas)
@@ -147,10 +164,11 @@ class Denoiser:
         self._drop(CONDITIONING)
         self._load_blocks()
         on_loaded()
-        results = []
-        for batch, (steps, texts) in zip(batches, prepared, strict=True):
-            results.append(self._run(latents[batch], timesteps, sigmas, steps, texts, callback, on_step))
-        return torch.cat(results)
+        for batch, (steps, texts) in list(zip(batches, prepared, strict=True))[len(progress.finished) :]:
+            done = self._run(latents[batch], progress, timesteps, sigmas, steps, texts, callback, on_step)
+            progress.finished.append(done)
+            progress.latents, progress.step = None, 0
+        return torch.cat(progress.finished)
 
     def close(self) -> None:
         if self._streamer is not None:
@@ -218,14 +236,11 @@ class Denoiser:
         net = self._transformer
         for name in EVERY_STEP:
             load_module(net.get_submodule(name), f"{name}.", self._files, self._dtype, self._device)
-        doubles, singles = len(net.transformer_blocks), len(net.single_transformer_blocks)
+        blocks = transformer_blocks(net)
         self._streamer = BlockStreamer(
-            blocks=[*net.transformer_blocks, *net.single_transformer_blocks],
-            prefixes=[f"transformer_blocks.{i}." for i in range(doubles)]
-            + [f"single_transformer_blocks.{i}." for i in range(singles)],
+            blocks=blocks.modules,
+            sources=self._store.sources(blocks) if self._store else blocks.sources(self._files, self._dtype),
             placements=self._stage.block_placements,
-            files=self._files,
-            dtype=DTYPES[self._stage.weight_format],
             device=self._device,
             slots=self._stage.slots,
             warn=self._warn,
@@ -236,6 +251,7 @@ class Denoiser:
     def _run(
         self,
         noise: torch.Tensor,
+        progress: Progress,
         timesteps: torch.Tensor,
         sigmas: Sequence[float] | None,
         steps: Sequence[_StepConditioning],
@@ -245,11 +261,14 @@ class Denoiser:
     ) -> torch.Tensor:
         """All steps of one batch; (B, channels, height, width) -> packed (B, tokens, channels), host."""
         image_ids = Flux2Pipeline._prepare_latent_ids(noise).to(self._device)
-        latents = Flux2Pipeline._pack_latents(noise.to(self._device))
+        latents = progress.latents
+        if latents is None:
+            latents = Flux2Pipeline._pack_latents(noise.to(self._device))
         passes = [self._pass(text, image_ids) for text in texts]
         self._timesteps(noise, sigmas)  # rewinds the scheduler
-        self._scheduler.set_begin_index(0)
-        for index, (moment, conditioning) in enumerate(zip(timesteps, steps, strict=True)):
+        self._scheduler.set_begin_index(progress.step)
+        for index in range(progress.step, len(steps)):
+            moment, conditioning = timesteps[index], steps[index]
             prediction = self._predict(latents, passes, conditioning)
             advanced = self._scheduler.step(prediction, moment, latents, return_dict=False)[0]
             if not bool(torch.isfinite(advanced).all()):
@@ -260,6 +279,7 @@ class Denoiser:
                 latents = changed.pop("latents", latents)
                 if changed:
                     raise UsageError(f"the step callback may change only 'latents', not {', '.join(changed)}")
+            progress.latents, progress.step = latents, index + 1
             on_step()
         finished: torch.Tensor = latents.to("cpu")
         return finished

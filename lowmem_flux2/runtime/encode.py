@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from diffusers.pipelines.flux2.pipeline_flux2 import SYSTEM_MESSAGE, format_input
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.initialization import no_init_weights
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from lowmem_flux2.errors import CheckpointBroken
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import StagePlan
 from lowmem_flux2.runtime.checkpoint import TensorFile
+from lowmem_flux2.runtime.components import text_decoder_blocks, text_decoder_on_meta, text_decoder_root
 from lowmem_flux2.runtime.device import DTYPES
-from lowmem_flux2.runtime.streaming import BlockStreamer, load_module
+from lowmem_flux2.runtime.layout import load_module
+from lowmem_flux2.runtime.store import PreparedStore
+from lowmem_flux2.runtime.streaming import BlockStreamer
 
 
 def tokenize(
@@ -89,28 +89,32 @@ class TextEncoder:
     """The cut text encoder of one checkpoint, its layers placed by the plan."""
 
     def __init__(
-        self, folder: Path, model: ModelSpec, stage: StagePlan, device: torch.device, warn: Callable[[str], None]
+        self,
+        folder: Path,
+        model: ModelSpec,
+        stage: StagePlan,
+        device: torch.device,
+        warn: Callable[[str], None],
+        store: PreparedStore | None = None,
     ) -> None:
         self._model = model
         self._device = device
         self._dtype = DTYPES[stage.compute_dtype]
         self._tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        self._decoder = _decoder_on_meta(folder / "text_encoder", model)
+        self._decoder = text_decoder_on_meta(folder / "text_encoder", model)
         self._decoder.rotary_emb.to(device)
-        used = self._decoder.layers
         with ExitStack() as undo:
             self._files = TensorFile(folder / "text_encoder")
             undo.callback(self._files.close)
-            self._root = _decoder_prefix(self._files)
+            self._root = text_decoder_root(self._files)
             if model.text_encoder.num_layers == model.text_encoder.layers_used:
                 # transformers overwrites the last hidden state with the normed one: here the norm is part of the tap.
                 load_module(self._decoder.norm, f"{self._root}norm.", self._files, self._dtype, device)
+            blocks = text_decoder_blocks(self._decoder, self._root)
             self.streamer = BlockStreamer(
-                blocks=list(used),
-                prefixes=[f"{self._root}layers.{index}." for index in range(len(used))],
+                blocks=blocks.modules,
+                sources=store.sources(blocks) if store else blocks.sources(self._files, self._dtype),
                 placements=stage.block_placements,
-                files=self._files,
-                dtype=DTYPES[stage.weight_format],
                 device=device,
                 slots=stage.slots,
                 warn=warn,
@@ -175,28 +179,3 @@ class TextEncoder:
             else create_causal_mask(**asked)
         )
         return masks
-
-
-def _decoder_on_meta(folder: Path, model: ModelSpec) -> Any:
-    """The inner decoder with only the used layers, weights on the meta device, rotary tables real."""
-    if model.form == "dev":
-        from transformers import MistralModel as Decoder
-    else:
-        from transformers import Qwen3Model as Decoder
-    config = AutoConfig.from_pretrained(folder).get_text_config()
-    used = model.text_encoder.layers_used
-    config.num_hidden_layers = used
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:used]
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        decoder = Decoder(config)
-    return decoder.eval()
-
-
-def _decoder_prefix(files: TensorFile) -> str:
-    """What precedes ``layers.0.`` in the stored names: releases of transformers nest the decoder differently."""
-    ending = "layers.0.input_layernorm.weight"
-    for name in files.names():
-        if name.endswith(ending) and "vision" not in name:
-            return name.removesuffix(ending)
-    raise CheckpointBroken(f"{files.folder}: no decoder layers: no tensor name ends in {ending!r}")

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -15,16 +16,21 @@ import torch
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL.Image import Image
 
-from lowmem_flux2.errors import UsageError
+from lowmem_flux2.errors import CheckpointMissing, UsageError
+from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.job import AUTO, Machine, plan_job, resolve_machine
-from lowmem_flux2.planning.plan import Plan, check_replay
+from lowmem_flux2.planning.ladder import next_rung
+from lowmem_flux2.planning.plan import Plan, Stage, check_replay
 from lowmem_flux2.planning.planner import Selection, StreamFrom
 from lowmem_flux2.planning.sources import ModelSource, resolve_model
 from lowmem_flux2.planning.workload import Preference, Request, image_seeds, make_request, workload_of
 from lowmem_flux2.report import ImageRecord, Report
+from lowmem_flux2.runtime.cache import cache_folder
 from lowmem_flux2.runtime.denoise import Generators, StepCallback
 from lowmem_flux2.runtime.download import with_weights
 from lowmem_flux2.runtime.executor import Executor, Inputs, Observer, Outcome, Silent, check_inputs
+from lowmem_flux2.runtime.prepare import prepare
+from lowmem_flux2.runtime.store import PreparedStore, find
 from lowmem_flux2.units import parse_bytes
 from lowmem_flux2.version import __version__
 
@@ -64,6 +70,8 @@ class Engine:
         max_vram, max_ram: hard caps, in bytes or as text (``"8GiB"``).
         revision: hub revision.
         offline: never touch the network.
+        cache_dir: where prepared weights are kept; else LOWMEM_FLUX2_CACHE, else the platform's cache folder.
+        may_prepare: quantize weights into the store where a plan needs them; False raises instead.
         observer: told about stages, steps and events.
 
     Raises:
@@ -88,6 +96,8 @@ class Engine:
         max_ram: int | str | None = None,
         revision: str | None = None,
         offline: bool = False,
+        cache_dir: str | Path | None = None,
+        may_prepare: bool = True,
         observer: Observer | None = None,
     ) -> None:
         self._selection = Selection(
@@ -106,6 +116,7 @@ class Engine:
         self._machine = resolve_machine(profile, device, self._selection.max_ram_bytes)
         self._device = _device_name(device, self._machine)
         self._offline = offline
+        self._cache, self._may_prepare = cache_folder(Path(cache_dir) if cache_dir is not None else None), may_prepare
         self._observer = observer or Silent()
 
     @classmethod
@@ -117,6 +128,8 @@ class Engine:
         *,
         device: str = AUTO,
         offline: bool = False,
+        cache_dir: Path | None = None,
+        may_prepare: bool = True,
         observer: Observer | None = None,
     ) -> Engine:
         """An engine from what has been resolved already, as the command line does before it imports torch."""
@@ -124,6 +137,7 @@ class Engine:
         engine._source, engine._machine, engine._selection = source, machine, selection
         engine._device = _device_name(device, machine)
         engine._offline = offline
+        engine._cache, engine._may_prepare = cache_folder(cache_dir), may_prepare
         engine._observer = observer or Silent()
         return engine
 
@@ -269,12 +283,53 @@ class Engine:
         if output_type == "latent":
             # The stock pipelines differ here: dev returns packed latents, klein denormalised and unpatchified ones.
             inputs = replace(inputs, result="packed_latents" if form == "dev" else "vae_latents")
-        executor = Executor(plan, self._source.spec, folder, self._device, self._observer)
+
+        def replan(current: Plan, stage: Stage) -> Plan | None:
+            return next_rung(current, stage, self._source.spec)
+
+        stores = self._stores(plan, folder)
+        executor = Executor(plan, self._source.spec, folder, self._device, self._observer, stores, replan)
         outcome = executor.run(request, inputs)
         prompts = [text for text in request.prompts for _ in range(request.num_images_per_prompt)]
         records = tuple(ImageRecord(None, number, text) for number, text in zip(seeds, prompts, strict=True))
-        report = Report(plan, tuple(outcome.measures), tuple(outcome.events), records, versions())
+        report = Report(executor.plan, tuple(outcome.measures), tuple(outcome.events), records, versions())
         return Generation(self._images(outcome, output_type), tuple(seeds), report)
+
+    def _stores(self, plan: Plan, folder: Path) -> dict[str, PreparedStore]:
+        """The prepared store of each quantized component, made where it is missing."""
+        stores: dict[str, PreparedStore] = {}
+        for stage in plan.stages:
+            if not FORMATS[stage.weight_format].is_quantized:
+                continue
+            asked = (folder, stage.component, stage.weight_format, stage.compute_dtype)
+            found = find(*asked, self._cache)
+            if found is None:
+                if not self._may_prepare:
+                    raise CheckpointMissing(
+                        f"{stage.component} in {stage.weight_format} is not prepared, and --no-prepare was given; run: "
+                        f"lowmem-flux2 prepare -m {self._source.spec.source} --component {stage.component} "
+                        f"--weight-format {stage.weight_format} --dtype {stage.compute_dtype}"
+                    )
+                found = self._prepare(*asked)
+            stores[stage.component] = found
+        return stores
+
+    def _prepare(self, folder: Path, component: str, weight_format: str, dtype: str) -> PreparedStore:
+        def started(blocks: int) -> None:
+            self._observer.stage_started("prepare", blocks)
+
+        made = prepare(
+            folder,
+            self._source.spec,
+            component,
+            weight_format,
+            dtype,
+            self._cache,
+            on_start=started,
+            on_block=self._observer.advanced,
+        )
+        self._observer.stage_finished("prepare")
+        return made
 
     def _images(self, outcome: Outcome, output_type: OutputType) -> list[Image] | np.ndarray[Any, Any] | torch.Tensor:
         if output_type == "latent":

@@ -7,35 +7,36 @@ refused before anything is loaded.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 
-from lowmem_flux2.errors import NotExecutable, UsageError
+from lowmem_flux2.errors import NotExecutable, RunError, UsageError
 from lowmem_flux2.planning.models import ModelSpec
-from lowmem_flux2.planning.plan import Plan, Stage
+from lowmem_flux2.planning.plan import Placement, Plan, Stage, StagePlan
 from lowmem_flux2.planning.workload import Request
 from lowmem_flux2.report import StageMeasure
 from lowmem_flux2.runtime.decode import Decoder
-from lowmem_flux2.runtime.denoise import Denoiser, Generators, StepCallback, initial_latents
+from lowmem_flux2.runtime.denoise import Denoiser, Generators, Progress, StepCallback, initial_latents
 from lowmem_flux2.runtime.device import cap_vram, measure, release_memory, synchronize, torch_device
 from lowmem_flux2.runtime.encode import TextEncoder
+from lowmem_flux2.runtime.store import PreparedStore
 
 Wanted = Literal["pictures", "vae_latents", "packed_latents"]
 
 
 class Observer(Protocol):
-    """Told what is going on; the command line draws progress bars from it."""
+    """Told what is going on; the command line draws progress bars from it. A stage is one of the plan's, or prepare."""
 
-    def stage_started(self, stage: Stage, total: int) -> None: ...
+    def stage_started(self, stage: str, total: int) -> None: ...
 
     def advanced(self) -> None: ...
 
-    def stage_finished(self, stage: Stage) -> None: ...
+    def stage_finished(self, stage: str) -> None: ...
 
     def event(self, text: str) -> None: ...
 
@@ -43,13 +44,13 @@ class Observer(Protocol):
 class Silent:
     """The observer that ignores everything."""
 
-    def stage_started(self, stage: Stage, total: int) -> None:
+    def stage_started(self, stage: str, total: int) -> None:
         return
 
     def advanced(self) -> None:
         return
 
-    def stage_finished(self, stage: Stage) -> None:
+    def stage_finished(self, stage: str) -> None:
         return
 
     def event(self, text: str) -> None:
@@ -108,9 +109,21 @@ def check_inputs(model: ModelSpec, request: Request, inputs: Inputs) -> None:
 
 
 class Executor:
-    """One plan, one request, one model folder."""
+    """One plan, one request, one model folder, and a prepared store for each component that the plan quantizes.
 
-    def __init__(self, plan: Plan, model: ModelSpec, folder: Path, device_name: str, observer: Observer) -> None:
+    ``replan`` gives the plan with a stage's next lower peak, None on the last rung: the ladder's only policy.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        model: ModelSpec,
+        folder: Path,
+        device_name: str,
+        observer: Observer,
+        stores: Mapping[str, PreparedStore],
+        replan: Callable[[Plan, Stage], Plan | None],
+    ) -> None:
         if plan.not_executable:
             raise NotExecutable(
                 "this plan needs what this version cannot carry out yet: " + "; ".join(plan.not_executable)
@@ -120,14 +133,21 @@ class Executor:
         self._folder = folder
         self._device = torch_device(device_name)
         self._observer = observer
+        self._stores = stores
+        self._replan = replan
         self._outcome = Outcome()
+
+    @property
+    def plan(self) -> Plan:
+        """The plan as it is being carried out: the ladder may have lowered stages of it."""
+        return self._plan
 
     def run(self, request: Request, inputs: Inputs) -> Outcome:
         """Carry the plan out.
 
         Raises:
             NonFiniteLatents: NaN or infinity appeared.
-            torch.OutOfMemoryError: the device or its cap is full.
+            RunError: out of memory on the last rung of the recovery ladder.
         """
         cap_vram(self._device, self._plan.limits.vram_bytes, self._plan.hardware.context_bytes)
         embeds, negative = self._encode(request, inputs)
@@ -140,23 +160,24 @@ class Executor:
 
     def _encode(self, request: Request, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One row of embeddings an image, for each guidance pass."""
-        stage = self._plan.stage("encode")
         two_passes = self._plan.workload.guidance_passes == 2
         embeds, negative = inputs.prompt_embeds, inputs.negative_prompt_embeds
         if embeds is None or (two_passes and negative is None):
-            prompts = request.prompts
-            chunks = [prompts[at : at + stage.batch_size] for at in range(0, len(prompts), stage.batch_size)]
-            with self._measured("encode", len(chunks) * len(stage.block_placements)) as loaded:
-                encoder = TextEncoder(self._folder, self._model, stage, self._device, self._event)
-                loaded()
-                try:
-                    made: list[list[torch.Tensor]] = []
-                    for chunk in chunks:
+            size, prompts = self._plan.stage("encode").batch_size, request.prompts
+            chunks = [prompts[at : at + size] for at in range(0, len(prompts), size)]
+            made: list[list[torch.Tensor]] = []
+
+            def attempt(stage: StagePlan, loaded: Callable[[], None]) -> None:
+                store = self._stores.get(stage.component)
+                arguments = (self._folder, self._model, stage, self._device, self._event, store)
+                with closing(TextEncoder(*arguments)) as encoder:
+                    loaded()
+                    for chunk in chunks[len(made) :]:
                         groups = [chunk] + ([[request.negative_prompt or ""] * len(chunk)] if two_passes else [])
                         made.append(encoder.encode(groups, request.max_sequence_length, self._observer.advanced))
-                finally:
-                    encoder.close()
-                    del encoder
+
+            layers = len(self._plan.stage("encode").block_placements)
+            self._climb("encode", len(chunks) * layers, attempt)
             embeds = torch.cat([groups[0] for groups in made]) if embeds is None else embeds
             if two_passes and negative is None:
                 negative = torch.cat([groups[1] for groups in made])
@@ -167,40 +188,70 @@ class Executor:
     def _denoise(
         self, request: Request, inputs: Inputs, embeds: torch.Tensor, negative: torch.Tensor | None
     ) -> torch.Tensor:
-        stage = self._plan.stage("denoise")
         latents = inputs.latents
         if latents is None:
             latents = initial_latents(self._model, request, embeds.dtype, inputs.generators)
-        batches = -(-request.num_images // stage.batch_size)
-        with self._measured("denoise", batches * request.num_inference_steps) as loaded:
-            denoiser = Denoiser(self._folder, self._model, stage, request, self._device, self._event)
-            try:
-                packed = denoiser.denoise(
-                    latents.to(embeds.dtype),
+        noise = latents.to(embeds.dtype)
+        progress = Progress()
+
+        def attempt(stage: StagePlan, loaded: Callable[[], None]) -> None:
+            store = self._stores.get(stage.component)
+            arguments = (self._folder, self._model, stage, request, self._device, self._event, store)
+            with closing(Denoiser(*arguments)) as denoiser:
+                denoiser.denoise(
+                    noise,
                     embeds,
                     negative,
+                    progress=progress,
                     sigmas=inputs.sigmas,
                     callback=inputs.callback,
                     on_loaded=loaded,
                     on_step=self._observer.advanced,
                 )
-            finally:
-                denoiser.close()
-        return packed
+
+        batches = -(-request.num_images // self._plan.stage("denoise").batch_size)
+        self._climb("denoise", batches * request.num_inference_steps, attempt)
+        return torch.cat(progress.finished)
 
     def _decode(self, request: Request, inputs: Inputs, packed: torch.Tensor) -> None:
-        stage = self._plan.stage("decode")
         multiple = self._model.size_multiple
-        with self._measured("decode", request.num_images) as loaded:
-            decoder = Decoder(self._folder, self._model, stage, self._device)
-            loaded()
-            try:
+        pictures: list[torch.Tensor] = []
+
+        def attempt(stage: StagePlan, loaded: Callable[[], None]) -> None:
+            with closing(Decoder(self._folder, self._model, stage, self._device)) as decoder:
+                loaded()
                 latents = decoder.unpack(packed, request.height // multiple, request.width // multiple)
-                if inputs.result == "pictures":
-                    self._outcome.pictures = decoder.decode(latents, self._observer.advanced)
                 self._outcome.vae_latents = latents.to("cpu")
-            finally:
-                decoder.close()
+                if inputs.result == "pictures":
+                    for index in range(len(pictures), len(latents)):
+                        pictures.append(decoder.decode(latents[index : index + 1]))
+                        self._observer.advanced()
+
+        self._climb("decode", request.num_images, attempt)
+        if pictures:
+            self._outcome.pictures = torch.cat(pictures)
+
+    # ------------------------------------------------------------------------------------------------- recovery
+
+    def _climb(self, name: Stage, total: int, attempt: Callable[[StagePlan, Callable[[], None]], None]) -> None:
+        """Run a stage, measured; when memory runs out, go on with the plan of the next lower peak.
+
+        What ``attempt`` has finished stays with the caller, so no work is lost.
+
+        Raises:
+            RunError: out of memory on the last rung.
+        """
+        with self._measured(name, total) as loaded:
+            while (failure := _out_of_memory(attempt, self._plan.stage(name), loaded)) is not None:
+                release_memory(self._device)
+                lower = self._replan(self._plan, name)
+                if lower is None:
+                    raise RunError(
+                        f"{name}: out of memory, and no plan has a lower peak ({failure}); close what else uses the "
+                        "device, or ask for a smaller picture or a smaller --weight-format"
+                    )
+                self._plan = lower
+                self._event(f"{name}: out of memory ({failure}); going on with {_words(lower.stage(name))}")
 
     # ------------------------------------------------------------------------------------------------ measuring
 
@@ -239,3 +290,22 @@ class Executor:
             )
         )
         self._observer.stage_finished(stage)
+
+
+def _out_of_memory(
+    attempt: Callable[[StagePlan, Callable[[], None]], None], stage: StagePlan, loaded: Callable[[], None]
+) -> str | None:
+    """The error's first sentence, or None. Returns before anything is done about it: its traceback holds tensors."""
+    try:
+        attempt(stage, loaded)
+    except torch.OutOfMemoryError as error:
+        return str(error).partition(". ")[0].partition("\n")[0] or "no details"
+    return None
+
+
+def _words(stage: StagePlan) -> str:
+    """A rung in a few words."""
+    if stage.tile_px:
+        return f"tiles of {stage.tile_px} px"
+    resident = stage.count(Placement.GPU)
+    return f"{resident} of {len(stage.block_placements)} blocks resident, {stage.slots} slots"

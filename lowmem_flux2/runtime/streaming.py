@@ -21,99 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lowmem_flux2.planning.formats import ALIGNMENT_BYTES
 from lowmem_flux2.planning.plan import Placement
-from lowmem_flux2.runtime.checkpoint import TensorFile
-
-
-@dataclass(frozen=True, slots=True)
-class TensorPlace:
-    """One parameter or buffer of a module: its name there, its name in the files, and its bytes in the span."""
-
-    name: str
-    stored_name: str
-    offset: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def view(self, span: torch.Tensor) -> torch.Tensor:
-        count = self.dtype.itemsize
-        for side in self.shape:
-            count *= side
-        return span[self.offset : self.offset + count].view(self.dtype).view(self.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where each tensor of a module lies in its span of ``total_bytes``."""
-
-    places: tuple[TensorPlace, ...]
-    total_bytes: int
-
-
-def layout_of(module: nn.Module, prefix: str, dtype: torch.dtype) -> Layout:
-    """Lay out the parameters and persistent buffers of a module whose stored names are ``prefix + name``.
-
-    Floating-point tensors rest in ``dtype``, others in their own.
-    """
-    places, offset = [], 0
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        kept = dtype if tensor.is_floating_point() else tensor.dtype
-        places.append(TensorPlace(name, prefix + name, offset, tuple(tensor.shape), kept))
-        offset += _aligned(tensor.numel() * kept.itemsize)
-    return Layout(tuple(places), offset)
-
-
-def _aligned(size_bytes: int) -> int:
-    return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-
-
-def allocate(size_bytes: int, device: torch.device) -> torch.Tensor:
-    """An uninitialised uint8 tensor whose first byte is aligned to 256 (torch's CPU allocator gives 64)."""
-    raw = torch.empty(size_bytes + ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
-    skip = -raw.data_ptr() % ALIGNMENT_BYTES
-    return raw[skip : skip + size_bytes]
-
-
-def bind(module: nn.Module, layout: Layout, span: torch.Tensor) -> None:
-    """Make the module's parameters and buffers views of the span."""
-    for place in layout.places:
-        owner_name, _, leaf = place.name.rpartition(".")
-        owner = module.get_submodule(owner_name)
-        view = place.view(span)
-        if leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(view, requires_grad=False)
-        else:
-            owner._buffers[leaf] = view
-
-
-def unbind(module: nn.Module) -> None:
-    """Put a module back on the meta device, so that nothing keeps its span alive."""
-    module.to("meta")
-
-
-def read_span(layout: Layout, files: TensorFile, span: torch.Tensor) -> None:
-    """Fill a host span from the files."""
-    for place in layout.places:
-        files.read_into(place.stored_name, place.view(span))
-
-
-def load_module(
-    module: nn.Module, prefix: str, files: TensorFile, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """Load a whole module that is not streamed; return its span on the device."""
-    layout = layout_of(module, prefix, dtype)
-    host = torch.device("cpu")
-    span = allocate(layout.total_bytes, device)
-    if device == host:
-        read_span(layout, files, span)
-    else:
-        for place in layout.places:  # tensor by tensor: the host never holds the whole component
-            staging = torch.empty(place.shape, dtype=place.dtype)
-            files.read_into(place.stored_name, staging)
-            place.view(span).copy_(staging)
-    bind(module, layout, span)
-    return span
+from lowmem_flux2.runtime.layout import BlockSource, allocate, bind, unbind
 
 
 @dataclass(slots=True)
@@ -130,10 +39,8 @@ class BlockStreamer:
 
     Args:
         blocks: modules on the meta device, in the order of use.
-        prefixes: stored-name prefix of each block.
+        sources: where each block's weights are read, with their layout.
         placements: one per block.
-        files: where the weights are read.
-        dtype: stored (and compute) dtype of the weights.
         device: compute device.
         slots: device buffers for streamed blocks; the prefetch depth is one less.
         warn: called with one line when pinning fails.
@@ -142,21 +49,19 @@ class BlockStreamer:
     def __init__(
         self,
         blocks: Sequence[nn.Module],
-        prefixes: Sequence[str],
+        sources: Sequence[BlockSource],
         placements: Sequence[Placement],
-        files: TensorFile,
-        dtype: torch.dtype,
         device: torch.device,
         slots: int,
         warn: Callable[[str], None] = warnings.warn,
     ) -> None:
-        if not len(blocks) == len(prefixes) == len(placements):
-            raise ValueError(f"{len(blocks)} blocks, {len(prefixes)} prefixes, {len(placements)} placements")
+        if not len(blocks) == len(sources) == len(placements):
+            raise ValueError(f"{len(blocks)} blocks, {len(sources)} sources, {len(placements)} placements")
         self._blocks = tuple(blocks)
         self._placements = tuple(placements)
-        self._files = files
+        self._sources = tuple(sources)
         self._device = device
-        self._layouts = [layout_of(block, prefix, dtype) for block, prefix in zip(blocks, prefixes, strict=True)]
+        self._layouts = [source.layout for source in sources]
         self._streamed = [index for index, placed in enumerate(placements) if placed is not Placement.GPU]
         if self._streamed and slots < 1:
             raise ValueError("streamed blocks need at least one slot")
@@ -205,7 +110,7 @@ class BlockStreamer:
                 self._load_through_host(chosen)
             else:
                 for index in chosen:
-                    read_span(self._layouts[index], self._files, self._spans[index])
+                    self._sources[index].read_into(self._spans[index])
 
     def _load_through_host(self, chosen: Sequence[int]) -> None:
         """Read blocks to the device through two host buffers: one is copied while the worker reads the next."""
@@ -215,7 +120,7 @@ class BlockStreamer:
         def read(number: int) -> torch.Tensor:
             layout = self._layouts[chosen[number]]
             buffer = buffers[number % len(buffers)][: layout.total_bytes]
-            read_span(layout, self._files, buffer)
+            self._sources[chosen[number]].read_into(buffer)
             return buffer
 
         reading = self._worker.submit(read, 0)
@@ -286,10 +191,10 @@ class BlockStreamer:
         elif self._ring:
             staged = self._ring[slot]
             self._transport.await_copy_on_host(slot)  # the ring entry's previous copy, on this thread, not the loop's
-            read_span(layout, self._files, staged)
+            self._sources[index].read_into(staged[: layout.total_bytes])
             self._transport.copy(staged[: layout.total_bytes], target, slot)
         else:
-            read_span(layout, self._files, target)
+            self._sources[index].read_into(target[: layout.total_bytes])
 
     def close(self) -> None:
         """Stop the worker and give every arena and slot back. The modules return to the meta device."""

@@ -22,7 +22,9 @@ from torch import nn
 from lowmem_flux2.errors import CheckpointBroken
 from lowmem_flux2.planning.plan import Placement
 from lowmem_flux2.runtime.checkpoint import TensorFile
-from lowmem_flux2.runtime.streaming import BlockStreamer, allocate, layout_of, load_module
+from lowmem_flux2.runtime.components import Blocks as Component
+from lowmem_flux2.runtime.layout import allocate, layout_of, load_module
+from lowmem_flux2.runtime.streaming import BlockStreamer
 
 CPU = torch.device("cpu")
 COUNT = 5  # blocks of the tiny transformer: 2 double, 3 single
@@ -50,7 +52,8 @@ class Blocks:
         files: TensorFile,
         dtype: torch.dtype = torch.float32,
     ) -> BlockStreamer:
-        return BlockStreamer(self.modules, self.prefixes, placements, files, dtype, CPU, slots, warn=pytest.fail)
+        sources = Component(self.modules, self.prefixes).sources(files, dtype)
+        return BlockStreamer(self.modules, sources, placements, CPU, slots, warn=pytest.fail)
 
     def check(self, index: int, block: nn.Module, dtype: torch.dtype = torch.float32) -> None:
         """The block handed out is the one of this index, and all of its weights are right and aligned."""

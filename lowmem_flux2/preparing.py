@@ -1,0 +1,118 @@
+"""``lowmem-flux2 prepare``: make, list, verify and remove entries of the prepared store."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lowmem_flux2.console import ConsoleObserver
+from lowmem_flux2.errors import CheckpointBroken, UsageError
+from lowmem_flux2.planning.formats import FORMATS
+from lowmem_flux2.planning.job import Machine
+from lowmem_flux2.planning.selection import Selection, check_selection, compute_dtype
+from lowmem_flux2.planning.sources import ModelSource
+from lowmem_flux2.planning.support import LIBRARY_OF, SUPPORTED
+from lowmem_flux2.runtime.cache import MANIFEST, cache_folder
+from lowmem_flux2.units import format_bytes
+
+
+def cache_of(given: Path | None) -> Path:
+    """The folder with all entries."""
+    return cache_folder(given)
+
+
+def _entries(cache: Path) -> list[Path]:
+    return sorted(path.parent for path in (cache / "prepared").glob(f"*/{MANIFEST}") if path.parent.name[0] != ".")
+
+
+def listing(cache: Path) -> Table:
+    """Name, size and source of each finished entry. Never imports torch."""
+    table = Table(show_edge=False, pad_edge=False)
+    for heading in ("name", "size", "blocks", "source"):
+        table.add_column(heading, justify="right" if heading in ("size", "blocks") else "left", overflow="fold")
+    for folder in _entries(cache):
+        raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        sizes = raw["block_bytes"]
+        table.add_row(folder.name, format_bytes(sum(sizes)), str(len(sizes)), raw["source"])
+    return table
+
+
+def verify(cache: Path, out: Console) -> None:
+    """Compare every block with its checksum.
+
+    Raises:
+        CheckpointBroken: names each block whose bytes are not those that were written.
+    """
+    from lowmem_flux2.runtime.store import PreparedStore
+
+    faults: list[str] = []
+    for folder in _entries(cache):
+        found = list(PreparedStore.open(folder).verify())
+        out.print(f"{folder.name}: {'damaged' if found else 'whole'}", soft_wrap=True)
+        faults += found
+    if faults:
+        raise CheckpointBroken(
+            "\n".join([*faults, "remove the entry with --remove NAME; it is made again when needed"])
+        )
+
+
+def remove(cache: Path, name: str) -> None:
+    """Remove one entry.
+
+    Raises:
+        UsageError: no entry of that name.
+    """
+    folder = cache / "prepared" / name
+    if folder not in _entries(cache):
+        raise UsageError(f"--remove {name}: no such entry; --list shows them")
+    shutil.rmtree(folder)
+
+
+def prepare_all(
+    source: ModelSource,
+    machine: Machine,
+    weight_format: str,
+    components: Sequence[str],
+    dtype: str,
+    cache: Path,
+    offline: bool,
+    out: Console,
+    err: Console,
+) -> None:
+    """Prepare components one after the other; what is there already is left as it is.
+
+    Raises:
+        UsageError: a format that is not quantized, unknown, or whose library is missing.
+    """
+    selection = Selection(weight_format=weight_format, dtype=dtype)
+    check_selection(selection, machine.hardware)
+    if not FORMATS[weight_format].is_quantized:
+        raise UsageError(
+            f"--weight-format {weight_format}: unquantized weights are read from the checkpoint as they are"
+        )
+    if weight_format not in SUPPORTED.weight_formats:
+        raise UsageError(f"--weight-format {weight_format}: {LIBRARY_OF[weight_format]} is not installed")
+    from lowmem_flux2.runtime.download import with_weights
+    from lowmem_flux2.runtime.prepare import prepare
+
+    found = with_weights(source, offline=offline)
+    assert found.folder is not None
+    with ConsoleObserver(err, quiet=False) as observer:
+        for component in components:
+            store = prepare(
+                found.folder,
+                found.spec,
+                component,
+                weight_format,
+                compute_dtype(selection, machine.hardware),
+                cache,
+                on_start=lambda blocks: observer.stage_started("prepare", blocks),
+                on_block=observer.advanced,
+            )
+            observer.stage_finished("prepare")
+            out.print(f"{store.folder}   {format_bytes(store.total_bytes)}", soft_wrap=True)

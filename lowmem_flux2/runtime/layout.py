@@ -1,0 +1,123 @@
+"""Where a module's tensors lie: one contiguous span a block, every tensor aligned, read from the files or the store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from lowmem_flux2.planning.formats import ALIGNMENT_BYTES
+from lowmem_flux2.runtime.checkpoint import TensorFile
+from lowmem_flux2.runtime.quantize import StoredLinear
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlace:
+    """One parameter or buffer of a module: its name there, its name in the files, and its bytes in the span."""
+
+    name: str
+    stored_name: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def view(self, span: torch.Tensor) -> torch.Tensor:
+        count = self.dtype.itemsize
+        for side in self.shape:
+            count *= side
+        return span[self.offset : self.offset + count].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where each tensor of a module lies in its span of ``total_bytes``."""
+
+    places: tuple[TensorPlace, ...]
+    total_bytes: int
+
+
+def layout_of(module: nn.Module, prefix: str, dtype: torch.dtype) -> Layout:
+    """Lay out the parameters and persistent buffers of a module whose stored names are ``prefix + name``.
+
+    Floating-point tensors rest in ``dtype``, others and the storage tensors of a quantized Linear in their own.
+    """
+    places, offset = [], 0
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        is_storage = isinstance(owner, StoredLinear) and leaf in owner._buffers
+        kept = dtype if tensor.is_floating_point() and not is_storage else tensor.dtype
+        places.append(TensorPlace(name, prefix + name, offset, tuple(tensor.shape), kept))
+        offset += _aligned(tensor.numel() * kept.itemsize)
+    return Layout(tuple(places), offset)
+
+
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def allocate(size_bytes: int, device: torch.device) -> torch.Tensor:
+    """An uninitialised uint8 tensor whose first byte is aligned to 256 (torch's CPU allocator gives 64)."""
+    raw = torch.empty(size_bytes + ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
+    skip = -raw.data_ptr() % ALIGNMENT_BYTES
+    return raw[skip : skip + size_bytes]
+
+
+def bind(module: nn.Module, layout: Layout, span: torch.Tensor) -> None:
+    """Make the module's parameters and buffers views of the span."""
+    for place in layout.places:
+        owner_name, _, leaf = place.name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        view = place.view(span)
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(view, requires_grad=False)
+        else:
+            owner._buffers[leaf] = view
+
+
+def unbind(module: nn.Module) -> None:
+    """Put a module back on the meta device, so that nothing keeps its span alive."""
+    module.to("meta")
+
+
+class BlockSource(Protocol):
+    """Where a block's span comes from: the checkpoint's files, tensor by tensor, or one file of the prepared store."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    def read_into(self, span: torch.Tensor) -> None:
+        """Fill a host span of ``layout.total_bytes``. Called from any thread."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointBlock:
+    """A block read from its safetensors files, unquantized."""
+
+    layout: Layout
+    files: TensorFile
+
+    def read_into(self, span: torch.Tensor) -> None:
+        for place in self.layout.places:
+            self.files.read_into(place.stored_name, place.view(span))
+
+
+def load_module(
+    module: nn.Module, prefix: str, files: TensorFile, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Load a whole module that is not streamed; return its span on the device."""
+    layout = layout_of(module, prefix, dtype)
+    host = torch.device("cpu")
+    span = allocate(layout.total_bytes, device)
+    if device == host:
+        CheckpointBlock(layout, files).read_into(span)
+    else:
+        for place in layout.places:  # tensor by tensor: the host never holds the whole component
+            staging = torch.empty(place.shape, dtype=place.dtype)
+            files.read_into(place.stored_name, staging)
+            place.view(span).copy_(staging)
+    bind(module, layout, span)
+    return span

@@ -1,0 +1,228 @@
+"""Weight formats as modules: a Linear whose weight is stored quantized and expanded to the compute dtype when it runs.
+
+The stored tensors are plain buffers, so layouts, streaming and the prepared store treat a quantized block like any
+other. Only this file knows a quantization library. int8 and int4 follow optimum-quanto's schemes (qint8 per row, qint4
+in groups of 128) in torch alone: its last release is of 2025-03, and its tensor subclasses cannot be bound to a slot.
+nf4 is bitsandbytes'.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+GROUP = 128
+"""Weights that share a scale and a shift in int4 (optimum-quanto's default group size for qint4)."""
+
+
+def group_size(columns: int) -> int:
+    """128, or less where the row is not a multiple of it, in quanto's steps of 32; at last the whole row."""
+    return next((size for size in range(GROUP, 0, -32) if columns % size == 0), columns)
+
+
+NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
+"""bitsandbytes: weights per absmax, and absmax values per nested absmax (double quantization)."""
+
+
+class StoredLinear(nn.Module):
+    """A Linear with its weight in a stored format: storage tensors are buffers, the bias stays in compute dtype."""
+
+    format_name: ClassVar[str]
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.compute_dtype = dtype
+        for name, (shape, kind) in self.storage(linear.out_features, linear.in_features, dtype).items():
+            self.register_buffer(name, torch.empty(shape, dtype=kind, device="meta"))
+        self.bias: nn.Parameter | None = None
+        if linear.bias is not None:
+            self.bias = nn.Parameter(torch.empty_like(linear.bias, dtype=dtype, device="meta"), requires_grad=False)
+
+    @classmethod
+    @abstractmethod
+    def storage(cls, rows: int, columns: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each storage tensor of a (rows, columns) weight."""
+
+    @classmethod
+    @abstractmethod
+    def quantize(cls, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Storage tensors of a weight; scales in the compute dtype unless the format says otherwise."""
+
+    @abstractmethod
+    def dequantize(self) -> torch.Tensor:
+        """The weight (rows, columns) in the compute dtype; lives while one matmul runs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.dequantize(), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.format_name}"
+
+
+class Int8Linear(StoredLinear):
+    """Symmetric, one scale a row: q = round(w / s), s = max|w| / 127 (optimum-quanto qint8 with AbsmaxOptimizer)."""
+
+    format_name = "int8"
+    weight: torch.Tensor
+    scale: torch.Tensor
+
+    @classmethod
+    def storage(cls, rows: int, columns: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {"weight": ((rows, columns), torch.int8), "scale": ((rows, 1), dtype)}
+
+    @classmethod
+    def quantize(cls, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        weight = weight.to(dtype)
+        scale = weight.abs().amax(dim=1, keepdim=True) / 127
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        return {"weight": torch.clamp(torch.round(weight / scale), -128, 127).to(torch.int8), "scale": scale}
+
+    def dequantize(self) -> torch.Tensor:
+        return self.weight.to(self.compute_dtype).mul_(self.scale)
+
+
+class Fp8Linear(StoredLinear):
+    """A cast to e4m3, no scales, as diffusers' layerwise casting stores it; values beyond 448 saturate."""
+
+    format_name = "fp8"
+    weight: torch.Tensor
+
+    @classmethod
+    def storage(cls, rows: int, columns: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {"weight": ((rows, columns), torch.float8_e4m3fn)}
+
+    @classmethod
+    def quantize(cls, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return {"weight": weight.to(dtype).clamp(-448, 448).to(torch.float8_e4m3fn)}
+
+    def dequantize(self) -> torch.Tensor:
+        return self.weight.to(self.compute_dtype)
+
+
+class Int4Linear(StoredLinear):
+    """Affine, a scale and a shift per 128 weights of a row: w = s q + z, q in 0..15, two to a byte.
+
+    The scheme of optimum-quanto's qint4 with MaxOptimizer, the shift kept as a float.
+    """
+
+    format_name = "int4"
+    weight: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    @classmethod
+    def storage(cls, rows: int, columns: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        group = group_size(columns)
+        groups = rows * columns // group
+        return {
+            "weight": ((groups, (group + 1) // 2), torch.uint8),
+            "scale": ((groups, 1), dtype),
+            "shift": ((groups, 1), dtype),
+        }
+
+    @classmethod
+    def quantize(cls, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        group = group_size(weight.shape[1])
+        grouped = weight.to(dtype).reshape(-1, group)
+        low, high = grouped.amin(dim=1, keepdim=True), grouped.amax(dim=1, keepdim=True)
+        scale = (high - low) / 15
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        values = torch.clamp(torch.round((grouped - low) / scale), 0, 15).to(torch.uint8)
+        packed = values[:, 0::2].clone()
+        packed[:, : group // 2] |= values[:, 1::2] << 4
+        return {"weight": packed, "scale": scale, "shift": low}
+
+    def dequantize(self) -> torch.Tensor:
+        group = group_size(self.in_features)
+        expanded = torch.empty(len(self.weight), group, dtype=self.compute_dtype, device=self.weight.device)
+        expanded[:, 0::2] = self.weight & 15
+        expanded[:, 1::2] = self.weight[:, : group // 2] >> 4
+        return expanded.mul_(self.scale).add_(self.shift).view(self.out_features, self.in_features)
+
+
+class Nf4Linear(StoredLinear):
+    """bitsandbytes NF4 with double quantization: 16 normal-quantile levels times an absmax per 64 weights.
+
+    QLoRA, arXiv:2305.14314, section 3.
+    """
+
+    format_name = "nf4"
+    weight: torch.Tensor
+    absmax: torch.Tensor
+    nested_absmax: torch.Tensor
+    offset: torch.Tensor
+    levels: torch.Tensor
+    nested_levels: torch.Tensor
+
+    @classmethod
+    def storage(cls, rows: int, columns: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        blocks = -(-rows * columns // NF4_BLOCK)
+        return {
+            "weight": (((rows * columns + 1) // 2, 1), torch.uint8),
+            "absmax": ((blocks,), torch.uint8),
+            "nested_absmax": ((-(-blocks // NF4_NESTED_BLOCK),), torch.float32),
+            "offset": ((), torch.float32),
+            "levels": ((16,), torch.float32),
+            "nested_levels": ((256,), torch.float32),
+        }
+
+    @classmethod
+    def quantize(cls, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        from bitsandbytes import functional as bnb
+
+        packed, state = bnb.quantize_4bit(
+            weight.to(dtype).contiguous(), quant_type="nf4", blocksize=NF4_BLOCK, compress_statistics=True
+        )
+        return {
+            "weight": packed,
+            "absmax": state.absmax,
+            "nested_absmax": state.state2.absmax,
+            "offset": state.offset,
+            "levels": state.code,
+            "nested_levels": state.state2.code,
+        }
+
+    def dequantize(self) -> torch.Tensor:
+        from bitsandbytes import functional as bnb
+
+        nested = bnb.QuantState(
+            absmax=self.nested_absmax, blocksize=NF4_NESTED_BLOCK, code=self.nested_levels, dtype=torch.float32
+        )
+        state = bnb.QuantState(
+            absmax=self.absmax,
+            shape=torch.Size((self.out_features, self.in_features)),
+            code=self.levels,
+            blocksize=NF4_BLOCK,
+            quant_type="nf4",
+            dtype=self.compute_dtype,
+            offset=self.offset,
+            state2=nested,
+        )
+        weight: torch.Tensor = bnb.dequantize_4bit(self.weight, state)
+        return weight
+
+
+STORED: dict[str, type[StoredLinear]] = {
+    kind.format_name: kind for kind in (Int8Linear, Fp8Linear, Nf4Linear, Int4Linear)
+}
+
+
+def convert(module: nn.Module, weight_format: str, dtype: torch.dtype) -> None:
+    """Replace every Linear of a module on the meta device by its stored form. Unquantized formats leave it as it is."""
+    if weight_format not in STORED:
+        return
+    for parent, name, linear in list(_linears(module)):
+        parent._modules[name] = STORED[weight_format](linear, dtype)
+
+
+def _linears(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    for parent in module.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                yield parent, name, child
