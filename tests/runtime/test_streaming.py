@@ -256,7 +256,7 @@ def test_a_file_cut_while_loading_leaves_nothing_behind(placement: Placement, tm
 
 
 def test_refuses_lengths_that_differ_and_no_slots(blocks: Blocks, files: TensorFile) -> None:
-    with pytest.raises(ValueError, match="5 blocks, 5 prefixes, 1 placements"):
+    with pytest.raises(ValueError, match="5 blocks, 5 sources, 1 placements"):
         blocks.streamer((Placement.GPU,), 1, files)
     with pytest.raises(ValueError, match="at least one slot"):
         blocks.streamer(MIXTURES["mixed"], 0, files)
