@@ -93,7 +93,7 @@ def _fails(ran: Ran, code: int, *said: str) -> None:
         (["-p", "x", "-o", "/proc/out.png"], "/proc"),
         (["-p", "x", "--report", "nowhere/report.json"], "nowhere"),
         (["-p", "x", "--no-such-flag"], "--no-such-flag"),
-        (["-p", "x", "--weight-format", "int8"], "int8"),
+        (["-p", "x", "--weight-format", "q4_k"], "q4_k"),
     ],
 )
 def test_bad_request_exits_2_and_says_what(run: Run, arguments: list[str], said: str) -> None:

@@ -7,7 +7,6 @@ ours to choose (safetensors data starts at 24 mod 64 bytes, where Linear kernels
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 from lowmem_flux2.errors import CheckpointBroken
 from lowmem_flux2.planning.headers import SafetensorsHeader, TensorInfo, component_headers
+from lowmem_flux2.runtime.rawfile import RawFile
 
 _TORCH_DTYPES = {
     "F64": torch.float64,
@@ -39,12 +39,13 @@ class TensorFile:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._places: dict[str, tuple[SafetensorsHeader, TensorInfo]] = {}
-        self._descriptors: dict[Path, int] = {}
+        self._files: dict[tuple[Path, bool], RawFile] = {}
+        self._lock = threading.Lock()
         try:
             for header in component_headers(folder):
                 for name, info in header.tensors.items():
                     self._places[name] = (header, info)
-                self._descriptors[header.path] = os.open(header.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                self._file(header.path, direct=False)
         except BaseException:
             self.close()
             raise
@@ -58,8 +59,16 @@ class TensorFile:
         self.close()
 
     def close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        with self._lock:
+            while self._files:
+                self._files.popitem()[1].close()
+
+    def _file(self, path: Path, direct: bool) -> RawFile:
+        """The open file; a direct one is opened when it is first asked for."""
+        with self._lock:
+            if (path, direct) not in self._files:
+                self._files[path, direct] = RawFile(path, direct)
+            return self._files[path, direct]
 
     def names(self) -> Iterable[str]:
         return self._places.keys()
@@ -67,8 +76,10 @@ class TensorFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._info(name).shape
 
-    def read_into(self, name: str, destination: torch.Tensor) -> None:
+    def read_into(self, name: str, destination: torch.Tensor, direct: bool = False) -> None:
         """Fill a contiguous host tensor of the stored shape, converting the dtype where it differs.
+
+        ``direct`` reads past the page cache.
 
         Raises:
             CheckpointBroken: no such tensor, another shape, or the file ends early.
@@ -79,7 +90,7 @@ class TensorFile:
                 f"{self.folder}: tensor {name!r} has shape {list(info.shape)}, the config implies "
                 f"{list(destination.shape)}"
             )
-        self._read_values(name, 0, destination.view(-1))
+        self._read_values(name, 0, destination.view(-1), direct)
 
     def read_rows(self, name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Gather rows of a matrix: (n,) int64 -> (n, columns). A token embedding of 1.25 GiB is never loaded whole.
@@ -106,48 +117,19 @@ class TensorFile:
             raise CheckpointBroken(f"{self.folder}: the weights lack the tensor {name!r} that the config implies")
         return self._places[name][1]
 
-    def _read_values(self, name: str, first: int, destination: torch.Tensor) -> None:
+    def _read_values(self, name: str, first: int, destination: torch.Tensor, direct: bool = False) -> None:
         header, info = self._places[name]
         stored = _TORCH_DTYPES.get(info.dtype)
         if stored is None:
             raise CheckpointBroken(f"{self.folder}: tensor {name!r} is stored as {info.dtype}, which is not read here")
         offset = header.data_begin + info.begin + first * stored.itemsize
-        descriptor = self._descriptors[header.path]
+        file = self._file(header.path, direct)
         if stored == destination.dtype:
-            read_exactly(descriptor, destination, offset, header.path)
+            file.read_into(destination, offset)
             return
         piece = max(1, CONVERT_BYTES // stored.itemsize)
         for start in range(0, destination.numel(), piece):
             part = destination[start : start + piece]
             staging = torch.empty(part.numel(), dtype=stored)
-            read_exactly(descriptor, staging, offset + start * stored.itemsize, header.path)
+            file.read_into(staging, offset + start * stored.itemsize)
             part.copy_(staging)
-
-
-def read_exactly(descriptor: int, destination: torch.Tensor, offset: int, path: Path) -> None:
-    """Fill the contiguous 1-D host tensor from the file at ``offset``."""
-    if destination.numel() == 0:
-        return
-    target = memoryview(destination.view(torch.uint8).numpy().data)
-    while target.nbytes:
-        try:
-            count = _read_at(descriptor, target, offset)
-        except OSError as error:
-            raise CheckpointBroken(f"{path} cannot be read: {error}") from error
-        if count == 0:
-            raise CheckpointBroken(f"{path} ended early: it was changed or cut while it was read")
-        target, offset = target[count:], offset + count
-
-
-_SEEK_LOCK = threading.Lock()
-
-
-def _read_at(descriptor: int, target: memoryview, offset: int) -> int:
-    """Read into ``target`` from ``offset``; how many bytes came. Without ``preadv`` (Windows), one reader at a time."""
-    if hasattr(os, "preadv"):
-        return os.preadv(descriptor, [target], offset)
-    with _SEEK_LOCK:
-        os.lseek(descriptor, offset, os.SEEK_SET)
-        read = os.read(descriptor, min(len(target), CONVERT_BYTES))
-    target[: len(read)] = read
-    return len(read)

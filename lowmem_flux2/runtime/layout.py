@@ -88,8 +88,8 @@ class BlockSource(Protocol):
     @property
     def layout(self) -> Layout: ...
 
-    def read_into(self, span: torch.Tensor) -> None:
-        """Fill a host span of ``layout.total_bytes``. Called from any thread."""
+    def read_into(self, span: torch.Tensor, direct: bool = False) -> None:
+        """Fill a host span of ``layout.total_bytes``, from any thread; ``direct`` past the page cache."""
         ...
 
 
@@ -100,9 +100,9 @@ class CheckpointBlock:
     layout: Layout
     files: TensorFile
 
-    def read_into(self, span: torch.Tensor) -> None:
+    def read_into(self, span: torch.Tensor, direct: bool = False) -> None:
         for place in self.layout.places:
-            self.files.read_into(place.stored_name, place.view(span))
+            self.files.read_into(place.stored_name, place.view(span), direct)
 
 
 def load_module(

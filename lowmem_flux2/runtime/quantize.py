@@ -1,9 +1,9 @@
 """Weight formats as modules: a Linear whose weight is stored quantized and expanded to the compute dtype when it runs.
 
 The stored tensors are plain buffers, so layouts, streaming and the prepared store treat a quantized block like any
-other. Only this file knows a quantization library. int8 and int4 follow optimum-quanto's schemes (qint8 per row, qint4
-in groups of 128) in torch alone: its last release is of 2025-03, and its tensor subclasses cannot be bound to a slot.
-nf4 is bitsandbytes'.
+other. Only this file knows a quantization library. int8 and int4 are optimum-quanto's qint8 (per row) and qint4 (in
+groups of 128), equal in every value, but in torch alone: its last release is of 2025-03, and its tensor subclasses
+cannot be bound to a slot. nf4 is bitsandbytes'.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+PIECE_WEIGHTS = 1 << 20
+"""Quantized at a time: what the arithmetic holds beside the weight stays below 50 MiB (bitsandbytes on a CPU takes
+seven times the bf16 weight, 4.5 GiB for dev's largest), and in the CPU's own caches."""
 GROUP = 128
 """Weights that share a scale and a shift in int4 (optimum-quanto's default group size for qint4)."""
 
@@ -50,9 +53,16 @@ class StoredLinear(nn.Module):
         """Shape and dtype of each storage tensor of a (rows, columns) weight."""
 
     @classmethod
-    @abstractmethod
     def quantize(cls, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Storage tensors of a weight; scales in the compute dtype unless the format says otherwise."""
+        rows = max(1, PIECE_WEIGHTS // weight.shape[1])
+        pieces = [cls.quantize_rows(part.to(dtype)) for part in weight.split(rows)]
+        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    @classmethod
+    def quantize_rows(cls, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Storage tensors of whole rows, in the compute dtype, for formats that treat each row by itself."""
+        raise NotImplementedError
 
     @abstractmethod
     def dequantize(self) -> torch.Tensor:
@@ -77,8 +87,7 @@ class Int8Linear(StoredLinear):
         return {"weight": ((rows, columns), torch.int8), "scale": ((rows, 1), dtype)}
 
     @classmethod
-    def quantize(cls, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        weight = weight.to(dtype)
+    def quantize_rows(cls, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         scale = weight.abs().amax(dim=1, keepdim=True) / 127
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         return {"weight": torch.clamp(torch.round(weight / scale), -128, 127).to(torch.int8), "scale": scale}
@@ -98,8 +107,8 @@ class Fp8Linear(StoredLinear):
         return {"weight": ((rows, columns), torch.float8_e4m3fn)}
 
     @classmethod
-    def quantize(cls, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        return {"weight": weight.to(dtype).clamp(-448, 448).to(torch.float8_e4m3fn)}
+    def quantize_rows(cls, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"weight": weight.clamp(-448, 448).to(torch.float8_e4m3fn)}
 
     def dequantize(self) -> torch.Tensor:
         return self.weight.to(self.compute_dtype)
@@ -127,9 +136,9 @@ class Int4Linear(StoredLinear):
         }
 
     @classmethod
-    def quantize(cls, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def quantize_rows(cls, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         group = group_size(weight.shape[1])
-        grouped = weight.to(dtype).reshape(-1, group)
+        grouped = weight.reshape(-1, group)
         low, high = grouped.amin(dim=1, keepdim=True), grouped.amax(dim=1, keepdim=True)
         scale = (high - low) / 15
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
@@ -176,16 +185,20 @@ class Nf4Linear(StoredLinear):
     def quantize(cls, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         from bitsandbytes import functional as bnb
 
-        packed, state = bnb.quantize_4bit(
-            weight.to(dtype).contiguous(), quant_type="nf4", blocksize=NF4_BLOCK, compress_statistics=True
-        )
+        pieces = [
+            bnb.quantize_4bit(part.to(dtype), quant_type="nf4", blocksize=NF4_BLOCK)
+            for part in weight.reshape(-1).split(PIECE_WEIGHTS)
+        ]
+        absmax = torch.cat([state.absmax for _, state in pieces])
+        offset = absmax.mean()  # the nested quantization is of the whole weight's, as in bnb.quantize_4bit
+        nested, outer = bnb.quantize_blockwise(absmax - offset, blocksize=NF4_NESTED_BLOCK)
         return {
-            "weight": packed,
-            "absmax": state.absmax,
-            "nested_absmax": state.state2.absmax,
-            "offset": state.offset,
-            "levels": state.code,
-            "nested_levels": state.state2.code,
+            "weight": torch.cat([packed for packed, _ in pieces]),
+            "absmax": nested,
+            "nested_absmax": outer.absmax,
+            "offset": offset,
+            "levels": pieces[0][1].code,
+            "nested_levels": outer.code,
         }
 
     def dequantize(self) -> torch.Tensor:

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,12 +25,10 @@ import torch
 from lowmem_flux2.errors import CheckpointBroken
 from lowmem_flux2.planning.headers import component_headers
 from lowmem_flux2.runtime.cache import MANIFEST
-from lowmem_flux2.runtime.checkpoint import read_exactly
-from lowmem_flux2.runtime.components import (
-    Blocks,
-)
+from lowmem_flux2.runtime.components import Blocks
 from lowmem_flux2.runtime.device import DTYPES
 from lowmem_flux2.runtime.layout import BlockSource, Layout, layout_of
+from lowmem_flux2.runtime.rawfile import RawFile
 
 SCHEMA = 1
 """Raised whenever the stored bytes of any format change."""
@@ -72,15 +70,9 @@ class StoredBlock:
     layout: Layout
     path: Path
 
-    def read_into(self, span: torch.Tensor) -> None:
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        except OSError as error:
-            raise CheckpointBroken(f"{self.path} cannot be opened: {error}; prepare it again") from error
-        try:
-            read_exactly(descriptor, span, 0, self.path)
-        finally:
-            os.close(descriptor)
+    def read_into(self, span: torch.Tensor, direct: bool = False) -> None:
+        with closing(RawFile(self.path, direct)) as file:
+            file.read_into(span, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,10 +191,10 @@ class BlockStreamer:
         elif self._ring:
             staged = self._ring[slot]
             self._transport.await_copy_on_host(slot)  # the ring entry's previous copy, on this thread, not the loop's
-            self._sources[index].read_into(staged[: layout.total_bytes])
+            self._sources[index].read_into(staged[: layout.total_bytes], direct=True)
             self._transport.copy(staged[: layout.total_bytes], target, slot)
         else:
-            self._sources[index].read_into(target[: layout.total_bytes])
+            self._sources[index].read_into(target[: layout.total_bytes], direct=True)
 
     def close(self) -> None:
         """Stop the worker and give every arena and slot back. The modules return to the meta device."""

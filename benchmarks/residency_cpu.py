@@ -1,0 +1,204 @@
+"""Run a model many times larger than the memory it is given: full-size klein-4b shapes, 3 GiB, from disk, on a CPU.
+
+    python benchmarks/residency_cpu.py --folder /var/tmp/residency --out benchmarks/results
+
+Writes a klein-4b-shaped checkpoint with seeded random bf16 weights (transformer 7.75 GB, Qwen3-4B-shaped encoder 8 GB),
+then makes the same 256x256 picture in 2 steps twice: inside a memory cgroup of 3 GiB, page cache included, and fully
+resident without a limit. Prints and records peak memory, bytes that the block device read, seconds a step, the ratio of
+the two, and whether the latents are bit-equal. Needs Linux with the v1 memory controller, root, 17 GB of disk, and about
+10 GB of RAM for the resident run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+SIDE_PX, STEPS = 256, 2
+CGROUP = Path("/sys/fs/cgroup/memory/lowmem-flux2-residency")
+SHARD_BYTES = 4 << 30
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_checkpoint(folder: Path) -> None:
+    """A klein-4b-shaped diffusers folder; random weights of a scale that keeps activations finite, norms at one."""
+    import torch
+    from accelerate import init_empty_weights
+    from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    configs = ROOT / "lowmem_flux2" / "assets" / "configs" / "flux2-klein-4b"
+    shutil.copytree(configs, folder)
+    shutil.copytree(ROOT / "lowmem_flux2" / "assets" / "shapes" / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+    with init_empty_weights():
+        transformer = Flux2Transformer2DModel.from_config(Flux2Transformer2DModel.load_config(configs / "transformer"))
+        vae = AutoencoderKLFlux2.from_config(AutoencoderKLFlux2.load_config(configs / "vae"))
+        encoder = Qwen3ForCausalLM(Qwen3Config.from_pretrained(configs / "text_encoder"))
+    pool = torch.randn(1 << 26, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    for name, module in (("transformer", transformer), ("vae", vae), ("text_encoder", encoder)):
+        stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
+        _write_shards(folder / name, stem, module, pool)
+
+
+def _write_shards(folder: Path, stem: str, module: Any, pool: Any) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    shards: list[dict[str, Any]] = [{}]
+    held = 0
+    places: dict[str, str] = {}
+    written: list[Path] = []
+
+    def flush() -> None:
+        nonlocal held
+        path = folder / f"{stem}-{len(written):05d}.safetensors"
+        save_file(shards[-1], path)
+        written.append(path)
+        places.update(dict.fromkeys(shards[-1], path.name))
+        shards[-1], held = {}, 0
+
+    tied = "lm_head.weight"
+    for number, (name, tensor) in enumerate(module.state_dict().items()):
+        if name == tied and module.config.tie_word_embeddings:
+            continue
+        count = tensor.numel()
+        if not tensor.is_floating_point():
+            value = torch.ones(tuple(tensor.shape), dtype=tensor.dtype)
+        elif tensor.ndim < 2:
+            value = torch.full(tuple(tensor.shape), 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)
+        else:
+            start = number * 7919 % (1 << 20)
+            repeats = -(-(count + start) // len(pool))
+            value = pool.repeat(repeats)[start : start + count].reshape(tensor.shape)
+            value = value * (0.5 / (count // tensor.shape[0]) ** 0.5)
+        shards[-1][name] = value.contiguous()
+        held += count * 2
+        if held > SHARD_BYTES:
+            flush()
+    if shards[-1]:
+        flush()
+    index = {"metadata": {}, "weight_map": places}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+
+
+def child(folder: Path, result: Path, placement: str, max_ram: str | None) -> None:
+    """Make the picture in this process; write latents and figures."""
+    import time
+
+    import torch
+
+    from lowmem_flux2 import Engine
+
+    moments = []
+
+    def note(_: object, __: int, ___: torch.Tensor, kept: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        moments.append(time.perf_counter())
+        return kept
+
+    engine = Engine(str(folder), dtype="bf16", placement=placement, max_ram=max_ram)  # type: ignore[arg-type]
+    made = engine.generate(
+        "a lighthouse at dusk",
+        height=SIDE_PX,
+        width=SIDE_PX,
+        num_inference_steps=STEPS,
+        seed=0,
+        output_type="latent",
+        callback_on_step_end=note,
+    )
+    torch.save(made.images, result.with_suffix(".pt"))
+    report = made.report.to_json()
+    denoise = next(stage for stage in report["measured"]["stages"] if stage["stage"] == "denoise")
+    # The first step follows loading; both together are the stage, so its first step is what loading leaves of the rest.
+    steps = [denoise["time_s"] - denoise["load_s"] - (moments[-1] - moments[0]), moments[-1] - moments[0]]
+    result.write_text(
+        json.dumps(
+            {
+                "step_s": steps,
+                "measured": report["measured"],
+                "predicted": report["plan"]["predicted"],
+                "denoise_placements": next(s for s in report["plan"]["stages"] if s["stage"] == "denoise")[
+                    "placements"
+                ],
+            }
+        )
+    )
+
+
+def _sectors_read() -> int:
+    """512-byte sectors that all block devices (partitions apart) have read since boot."""
+    lines = [line.split() for line in Path("/proc/diskstats").read_text().splitlines()]
+    return sum(int(fields[5]) for fields in lines if (Path("/sys/block") / fields[2]).exists())
+
+
+def run(folder: Path, scratch: Path, name: str, placement: str, limit_bytes: int | None) -> dict[str, Any]:
+    """One child run, from cold caches; inside the cgroup where a limit is given."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+    result = scratch / f"{name}.json"
+    command = [sys.executable, __file__, "--folder", str(folder), "--child", str(result), "--placement", placement]
+    if limit_bytes is not None:
+        CGROUP.mkdir(exist_ok=True)
+        (CGROUP / "memory.limit_in_bytes").write_text(str(limit_bytes))
+        (CGROUP / "memory.max_usage_in_bytes").write_text("0")
+        # The child enters the cgroup before Python starts: pages touched outside are charged outside.
+        command = ["sh", "-c", f'echo $$ > {CGROUP}/cgroup.procs && exec "$@"', "sh", *command]
+    before = _sectors_read()
+    done = subprocess.run(command, check=False)
+    figures: dict[str, Any] = {"name": name, "rc": done.returncode, "read_bytes": 512 * (_sectors_read() - before)}
+    if limit_bytes is not None:
+        figures["cgroup_limit_bytes"] = limit_bytes
+        figures["cgroup_peak_bytes"] = int((CGROUP / "memory.max_usage_in_bytes").read_text())
+        CGROUP.rmdir()
+    if done.returncode == 0:
+        figures |= json.loads(result.read_text())
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="the checkpoint; written there if missing")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--limit-gib", type=float, default=3.0)
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--placement", default="auto", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child is not None:
+        child(arguments.folder, arguments.child, arguments.placement, None)
+        return
+    if not arguments.folder.exists():
+        print(f"writing {arguments.folder} ...", flush=True)
+        partial = arguments.folder.with_name(arguments.folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        write_checkpoint(partial)
+        partial.rename(arguments.folder)
+    scratch = arguments.folder.parent
+    limit = int(arguments.limit_gib * (1 << 30))
+    limited = run(arguments.folder, scratch, "limited", "auto", limit)
+    resident = run(arguments.folder, scratch, "resident", "resident", None)
+    record: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "side_px": SIDE_PX,
+        "steps": STEPS,
+    }
+    record |= {"limited": limited, "resident": resident}
+    if limited["rc"] == resident["rc"] == 0:
+        import torch
+
+        latents = [torch.load(scratch / f"{name}.pt", weights_only=True) for name in ("limited", "resident")]
+        record["bit_equal"] = bool(torch.equal(*latents))
+        record["finite"] = bool(torch.isfinite(latents[0]).all())
+        record["step_ratio"] = limited["step_s"][1] / resident["step_s"][1]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "residency-cpu.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record, indent=2))
+
+
+if __name__ == "__main__":
+    main()
