@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowmem_flux2 import options as opt
@@ -113,7 +113,7 @@ def read_prompts(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
     prompts = list(given or ())
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--prompt-file {file}: cannot read it: {error}") from None
         found = [line.strip() for line in lines if line.strip()]
@@ -121,6 +121,19 @@ def read_prompts(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
             raise UsageError(f"--prompt-file {file}: there is no prompt in it")
         prompts += found
     return tuple(prompts)
+
+
+def check_nothing_is_chosen(selection: Selection) -> None:
+    """With ``--plan`` the plan has chosen: only caps may be given, and are compared with its peaks.
+
+    Raises:
+        UsageError: a flag that chooses.
+    """
+    if replace(selection, max_vram_bytes=None, max_ram_bytes=None) != Selection():
+        raise UsageError(
+            "--plan carries out what the file says: leave out --prefer, --weight-format, --text-weight-format, "
+            "--dtype, --placement, --step-cache, --vae-tile and --batch-size, or plan again with them"
+        )
 
 
 def refuse_references(references: list[Path] | None) -> None:

@@ -93,7 +93,10 @@ def _run(model: str, prompt: str, steps: int | None, name: str, flags: tuple[str
         command += ["-s", str(SEED), "-o", str(picture), "--report", str(report), *flags]
         if steps is not None:
             command += ["--steps", str(steps)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_LIMIT_S, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_LIMIT_S, check=False)
+        except subprocess.TimeoutExpired:
+            return Result(name, flags, 0, 0, 0.0, 0.0, 0.0, "", failure=f"not done after {RUN_LIMIT_S} s")
         if done.returncode != 0:
             message = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             wanted = next((line for line in message if line.startswith("error:")), message[-1])

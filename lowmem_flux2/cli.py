@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,16 @@ from rich.console import Console
 from rich.table import Table
 
 from lowmem_flux2 import options as opt
-from lowmem_flux2.arguments import Asked, Wanted, read_prompts, refuse_references, resolve, selection_of
-from lowmem_flux2.errors import Interrupted, LowMemFlux2Error, NotExecutable, UsageError
+from lowmem_flux2.arguments import (
+    Asked,
+    Wanted,
+    check_nothing_is_chosen,
+    read_prompts,
+    refuse_references,
+    resolve,
+    selection_of,
+)
+from lowmem_flux2.errors import Interrupted, LowMemFlux2Error, NotExecutable, RunError, UsageError
 from lowmem_flux2.planning.hardware import Profile, check_profile, list_profiles, profiles_dir, read_profile
 from lowmem_flux2.planning.job import plan_job, replay, resolve_machine
 from lowmem_flux2.planning.plan import Plan, read_plan
@@ -95,14 +104,16 @@ def generate(
     lowmem-flux2 generate -p "a large red circle in the center on a blue background" -s 0
     """
     from lowmem_flux2.planning.explain import explain
-    from lowmem_flux2.runtime.picture import OutputPattern
+    from lowmem_flux2.runtime.picture import OutputPattern, check_writable
 
     refuse_references(image)
     if allow_format_change:
         raise UsageError("--allow-format-change: this version does not re-plan while running; leave the flag out")
     pattern = OutputPattern(output)
-    if report is not None and not report.parent.is_dir():
-        raise UsageError(f"--report {report}: there is no folder {report.parent}; create it first")
+    if report is not None:
+        if dry_run:
+            raise UsageError("--report: --dry-run measures nothing; use 'plan --json'")
+        check_writable("--report", report)
     wanted = Wanted(
         model,
         read_prompts(prompt, prompt_file),
@@ -128,6 +139,7 @@ def generate(
     )
     if plan is not None:
         replayed = read_plan(plan)
+        check_nothing_is_chosen(selection)
         asked = resolve(wanted.after(replayed), selection, profile, device, revision, offline)
         made = replay(replayed, asked.source, asked.machine, asked.request, plan)
     else:
@@ -149,11 +161,13 @@ def generate(
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C while running is exit code 130; typer on its own would make it 1."""
+    """Ctrl-C while running is exit code 130, a full disk or memory 5; typer on its own would make them 1."""
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted("interrupted: no picture was saved") from None
+        raise Interrupted("interrupted") from None
+    except (OSError, MemoryError) as error:
+        raise RunError(f"failed while running: {error or type(error).__name__}") from error
 
 
 def _run(
@@ -168,6 +182,7 @@ def _run(
     quiet: bool,
 ) -> None:
     """Carry the plan out, save the pictures, print the report."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels at each import
     from lowmem_flux2.console import ConsoleObserver
     from lowmem_flux2.report import write_report
     from lowmem_flux2.runtime.engine import Engine

@@ -51,21 +51,21 @@ Model = Annotated[
 ]
 Width = Annotated[
     int | None,
-    typer.Option("-W", "--width", help="Pixels, a multiple of 16.  [default: the model's]", rich_help_panel=ASK),
+    typer.Option("-W", "--width", help="Pixels, a multiple of 16. Default: the model's.", rich_help_panel=ASK),
 ]
 Height = Annotated[
     int | None,
-    typer.Option("-H", "--height", help="Pixels, a multiple of 16.  [default: the model's]", rich_help_panel=ASK),
+    typer.Option("-H", "--height", help="Pixels, a multiple of 16. Default: the model's.", rich_help_panel=ASK),
 ]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps.  [default: the model's]", rich_help_panel=ASK)]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale.  [default: the model's]", rich_help_panel=ASK)]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's.", rich_help_panel=ASK)]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: the model's.", rich_help_panel=ASK)]
 NumImages = Annotated[int, typer.Option(help="Images per prompt.", rich_help_panel=ASK)]
 Negative = Annotated[
     str | None, typer.Option(help="What to avoid; klein base models with guidance above 1 only.", rich_help_panel=ASK)
 ]
 Length = Annotated[
     int | None,
-    typer.Option(help="Text tokens, padded to exactly this many.  [default: the model's]", rich_help_panel=ASK),
+    typer.Option(help="Text tokens, padded to exactly this many. Default: the model's.", rich_help_panel=ASK),
 ]
 References = Annotated[
     list[Path] | None, typer.Option("--image", help="Reference image; not in this version.", rich_help_panel=ASK)

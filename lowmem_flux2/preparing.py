@@ -36,9 +36,12 @@ def listing(cache: Path) -> Table:
     for heading in ("name", "size", "blocks", "source"):
         table.add_column(heading, justify="right" if heading in ("size", "blocks") else "left", overflow="fold")
     for folder in _entries(cache):
-        raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        sizes = raw["block_bytes"]
-        table.add_row(folder.name, format_bytes(sum(sizes)), str(len(sizes)), raw["source"])
+        try:
+            raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            row = format_bytes(sum(raw["block_bytes"])), str(len(raw["block_bytes"])), str(raw["source"])
+        except (OSError, ValueError, KeyError, TypeError):
+            row = "-", "-", f"damaged: its {MANIFEST} cannot be read"
+        table.add_row(folder.name, *row)
     return table
 
 
@@ -52,7 +55,10 @@ def verify(cache: Path, out: Console) -> None:
 
     faults: list[str] = []
     for folder in _entries(cache):
-        found = list(PreparedStore.open(folder).verify())
+        try:
+            found = list(PreparedStore.open(folder).verify())
+        except CheckpointBroken as error:
+            found = [str(error)]
         out.print(f"{folder.name}: {'damaged' if found else 'whole'}", soft_wrap=True)
         faults += found
     if faults:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # they compare with CPU pipelines; what needs a GPU has tests of its own
 
 
 @pytest.fixture(scope="session", autouse=True)

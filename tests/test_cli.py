@@ -92,6 +92,12 @@ def _fails(ran: Ran, code: int, *said: str) -> None:
         (["-p", "x", "-o", "out_{sed}.png"], "{sed}"),
         (["-p", "x", "-o", "/proc/out.png"], "/proc"),
         (["-p", "x", "--report", "nowhere/report.json"], "nowhere"),
+        (["-p", "x", "--report", "/proc/report.json"], "/proc"),
+        (["-p", "x", "--report", "/tmp"], "folder"),
+        (["-p", "x", "--report", "r.json", "--dry-run"], "--dry-run"),
+        (["-p", "x", "-o", "/proc/{model}/x.png"], "/proc"),
+        (["-p", "x", "-o", "x" * 300 + ".png"], "longer"),
+        (["-p", "x\udcff"], "UTF-8"),
         (["-p", "x", "--no-such-flag"], "--no-such-flag"),
         (["-p", "x", "--weight-format", "q4_k"], "q4_k"),
     ],
@@ -191,6 +197,8 @@ def test_plan_json_follows_the_contract_and_replays(run: Run) -> None:
     assert Image.open("a.png").text["steps"] == "3"
     mismatch = run("generate", "-p", PROMPT, "--plan", "plan.json", "--steps", "4")
     _fails(mismatch, 2, "steps", "3", "4")
+    chosen = run("generate", "-p", PROMPT, "--plan", "plan.json", "--dtype", "fp32")
+    _fails(chosen, 2, "--plan", "--dtype")
 
 
 def test_dry_run_loads_and_writes_nothing(run: Run) -> None:
@@ -248,10 +256,11 @@ def test_no_metadata_leaves_the_png_bare(run: Run) -> None:
     assert Image.open("out_3.png").text == {}
 
 
-def test_quiet_prints_only_the_file(run: Run) -> None:
-    ran = run("generate", "-q", "-p", PROMPT, "--steps", "1", "-s", "3")
-    assert ran.out.strip() == "out_3.png   seed 3"
-    assert ran.err == ""
+def test_quiet_prints_only_the_file(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lowmem_flux2", "generate", "-q", "-p", PROMPT, "--steps", "1", "-s", "3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "out_3.png   seed 3"
+    assert done.stderr == ""
 
 
 def test_a_drawn_seed_is_printed_and_recorded(run: Run) -> None:

@@ -92,7 +92,7 @@ def closest_fits(
     *,
     support: Support = SUPPORTED,
 ) -> tuple[str, ...]:
-    """Up to three commands that would fit, the smallest change first; never empty while anything at all fits.
+    """Up to three commands that would fit, the smallest change first, each another plan; never empty while any fits.
 
     What this version can carry out comes before what it cannot.
 
@@ -101,11 +101,16 @@ def closest_fits(
     """
     found: list[str] = []
     later: list[str] = []
+    seen = set()
     for change in _changes(_Change(model, workload, hardware, _whole_mib(selection)), profile):
         with suppress(DoesNotFit, UsageError):
             plan = make_plan(
                 change.model, change.workload, change.hardware, change.selection, profile=profile, support=support
             )
+            same = (plan.model, plan.workload, *map(format_bytes, (plan.peak_vram_bytes, plan.peak_ram_bytes)))
+            if same in seen:  # a larger cap that wins nothing
+                continue
+            seen.add(same)
             notes = [f"{format_bytes(plan.peak_ram_bytes)} RAM", format_seconds(plan.time_s)]
             if plan.hardware.device == "cuda":
                 notes.insert(0, f"{format_bytes(plan.peak_vram_bytes)} VRAM")

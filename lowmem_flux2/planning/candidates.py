@@ -13,7 +13,7 @@ from lowmem_flux2.planning.cost import block_sizes, stage_cost
 from lowmem_flux2.planning.formats import FORMATS, PLAIN_FORMATS
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
-from lowmem_flux2.planning.plan import Limits, Placement, Stage, StageCost, StagePlan
+from lowmem_flux2.planning.plan import Limits, Placement, Stage, StagePlan
 from lowmem_flux2.planning.selection import Selection, compute_dtype, runs_on
 from lowmem_flux2.planning.support import Support
 from lowmem_flux2.planning.tiles import TILE_SIDES_PX, tile_is_sound
@@ -204,13 +204,15 @@ def _streamed(job: Job, bare: StagePlan, beyond: int) -> Generator[StagePlan, No
     last = Placement(fixed) if fixed != "auto" else Placement.DISK
     # With no more blocks than slots, streaming takes the memory of residency: only a fixed placement asks for that.
     least = bare.slots + (fixed == "auto")
+    # All in one arena: what weights pass through on their way is not needed beside it, or is the arena itself.
+    free = job.limits.ram_bytes - (uniform(0, Placement.PAGEABLE).cost.host_bytes - sum(sizes))
     most = _most_resident(job, total - least, lambda resident: uniform(resident, last))
     for resident in dict.fromkeys((*range(most, beyond, -1), *((0,) if most >= 0 else ()))):
         slowest = uniform(resident, last)
         yield slowest
         if fixed == "auto" and job.hardware.device == "cuda":
             left = [sizes[index] for index in order[resident:]]
-            fills = dict.fromkeys(_fills(left, slowest.cost, job.limits))
+            fills = dict.fromkeys(_fills(left, free, slowest.cost.host_pinned_bytes, job.limits.pinnable_bytes))
             yield from (placed(resident, fill) for fill in fills if set(fill) != {Placement.DISK})
     return most
 
@@ -250,13 +252,19 @@ def _residency_order(sizes: Sequence[int]) -> list[int]:
     return order
 
 
-def _fills(sizes: Sequence[int], on_disk: StageCost, limits: Limits) -> Iterator[tuple[Placement, ...]]:
-    """Pinned as far as it may be, then pageable, then disk; and the same without pinning, whose load is shorter."""
-    free, ring = limits.ram_bytes - on_disk.host_bytes, on_disk.host_pinned_bytes
-    for pinnable in (limits.pinnable_bytes, 0):
-        fill = _filled(sizes, free, pinnable)
+def _fills(
+    sizes: Sequence[int], free_bytes: int, ring_bytes: int, pinnable_bytes: int
+) -> Iterator[tuple[Placement, ...]]:
+    """Pinned as far as it may be, then pageable, then disk; and the same without pinning, whose load is shorter.
+
+    Args:
+        free_bytes: RAM for arenas and the disk ring together.
+        ring_bytes: the ring that any disk block needs.
+    """
+    for pinnable in (pinnable_bytes, 0):
+        fill = _filled(sizes, free_bytes, pinnable)
         if Placement.DISK in fill:  # then the ring is needed, which takes of both
-            fill = _filled(sizes, free - ring, pinnable - ring)
+            fill = _filled(sizes, free_bytes - ring_bytes, pinnable - ring_bytes)
         yield fill
 
 

@@ -192,11 +192,16 @@ def _transformer(config: _Section) -> TransformerSpec:
     config.expect_class("Flux2Transformer2DModel")
     config.expect_unquantized()
     in_channels = config.integer("in_channels")
+    head_dim, axes = config.integer("attention_head_dim"), config.integers("axes_dims_rope", (32, 32, 32, 32))
+    if sum(axes) != head_dim:
+        raise config.broken(
+            f"'axes_dims_rope' {list(axes)} sums to {sum(axes)}, which must be 'attention_head_dim' {head_dim}"
+        )
     return TransformerSpec(
         num_double=config.integer("num_layers", least=0),
         num_single=config.integer("num_single_layers", least=0),
         num_heads=config.integer("num_attention_heads"),
-        head_dim=config.integer("attention_head_dim"),
+        head_dim=head_dim,
         in_channels=in_channels,
         out_channels=config.integer("out_channels", in_channels),
         joint_dim=config.integer("joint_attention_dim"),

@@ -1,6 +1,6 @@
 """What this machine has, for ``--profile auto``: NVML for the card, psutil and cgroups for RAM. Never imports torch.
 
-Rates are not measured here (``lowmem-flux2 calibrate`` does that): a known card gets its profile's, an unknown one
+Rates are not measured here: a known card gets its profile's, an unknown one
 those of the nearest known card, scaled by its core count. Only sizes and the PCIe link are read from the machine.
 """
 
@@ -308,6 +308,14 @@ def available_ram_bytes() -> int:
 
     left = (level.limit_bytes - level.used_bytes + level.cache_bytes for level in cgroup_memory())
     return max(min([psutil.virtual_memory().available, *left]), 0)
+
+
+def free_vram_bytes(device: str = "auto", cards: Sequence[NvmlCard] | None = None) -> int | None:
+    """Memory of the card that ``device`` means which this process could hold now; None where NVML sees no such card."""
+    if cards is None:
+        cards = visible_cards(read_nvml(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    index = int(device.partition(":")[2] or 0)
+    return cards[index].free_bytes + cards[index].own_bytes if index < len(cards) else None
 
 
 def pinnable_limit_bytes(ram_bytes: int, lock_limit_bytes: int | None, *, root: bool) -> int:

@@ -72,12 +72,13 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A profile file: its ``Hardware`` and what only listing and detection need."""
+    """A profile file: its ``Hardware``, where it lies, and what only listing and detection need."""
 
     title: str
     nvml_names: tuple[str, ...]  # as nvidia-smi prints them; empty on a CPU
     sms: int  # streaming multiprocessors; 0 on a CPU
     hardware: Hardware
+    path: Path
 
 
 # --- the TOML file ---
@@ -358,12 +359,14 @@ def list_profiles() -> tuple[str, ...]:
 def read_profile(name_or_path: str | Path) -> Profile:
     """Read and check a shipped profile by name, or a TOML file by path.
 
+    A text is a path where it ends in ``.toml`` or has a folder in it: a file named like a profile never shadows it.
+
     Raises:
         ProfileError: unknown name, unreadable file, or contents that are wrong: ``file:line: key: what`` for each.
     """
     name = str(name_or_path)
     path = Path(name_or_path)
-    if isinstance(name_or_path, str) and not (path.suffix == ".toml" or path.name != name or path.is_file()):
+    if isinstance(name_or_path, str) and not (path.suffix == ".toml" or path.name != name):
         names = list_profiles()
         if name not in names:
             hint = _nearest(name.lower(), names) or "; `lowmem-flux2 profiles list` shows them"
@@ -384,7 +387,7 @@ def read_profile(name_or_path: str | Path) -> Profile:
     if problems := list(_contradictions(parsed)):
         raise _failure(path, text, problems)
     gpu = parsed.gpu
-    return Profile(parsed.title, gpu.nvml_names if gpu else (), gpu.sms if gpu else 0, _hardware(parsed))
+    return Profile(parsed.title, gpu.nvml_names if gpu else (), gpu.sms if gpu else 0, _hardware(parsed), path)
 
 
 def load_profile(name_or_path: str) -> Hardware:

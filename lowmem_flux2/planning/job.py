@@ -10,10 +10,11 @@ from pathlib import Path
 
 from lowmem_flux2.errors import DoesNotFit, UsageError
 from lowmem_flux2.planning.advice import closest_fits
-from lowmem_flux2.planning.detect import available_ram_bytes, detect
+from lowmem_flux2.planning.detect import available_ram_bytes, detect, free_vram_bytes
 from lowmem_flux2.planning.hardware import Hardware, load_profile
-from lowmem_flux2.planning.plan import Plan, check_replay
+from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.planner import make_plan
+from lowmem_flux2.planning.replay import check_replay
 from lowmem_flux2.planning.selection import Selection, with_ram_for
 from lowmem_flux2.planning.sources import ModelSource
 from lowmem_flux2.planning.support import SUPPORTED, Support
@@ -30,12 +31,14 @@ class Machine:
         profile: its name, for people.
         detected: it is this machine (then RAM in use now counts).
         argument: what ``--profile`` was given, so that printed commands mean the same machine.
+        device: what ``--device`` was given: which card a run takes.
     """
 
     hardware: Hardware
     profile: str
     detected: bool
     argument: str = AUTO
+    device: str = AUTO
 
 
 def resolve_machine(profile: str, device: str, max_ram_bytes: int | None = None) -> Machine:
@@ -49,13 +52,13 @@ def resolve_machine(profile: str, device: str, max_ram_bytes: int | None = None)
     """
     if profile == AUTO:
         hardware = detect(device)
-        return Machine(hardware, hardware.name, detected=True)
+        return Machine(hardware, hardware.name, detected=True, device=device)
     hardware = load_profile(profile)
     if device != AUTO and not device.startswith(hardware.device):
         raise UsageError(f"--device {device} contradicts --profile {profile}, which is a {hardware.device} profile")
     if max_ram_bytes is not None:
         hardware = with_ram_for(hardware, max_ram_bytes)
-    return Machine(hardware, hardware.name, detected=False, argument=profile)
+    return Machine(hardware, hardware.name, detected=False, argument=profile, device=device)
 
 
 def plan_job(
@@ -70,29 +73,67 @@ def plan_job(
     """The plan for a request on a machine.
 
     Args:
-        running: about to run here, so RAM that others hold now is out of reach.
+        running: about to run here. Memory that others hold now is out of reach, and so is what a named profile assumes
+            but this machine lacks: the plan keeps to the RAM that is free here and, for a CUDA profile, to the VRAM
+            that is free on the card (where NVML sees one).
 
     Raises:
         UsageError: a selection that cannot be honoured.
         DoesNotFit: with the commands that would fit.
     """
     workload = workload_of(request, source.spec)
-    if running and machine.detected:
-        reachable = available_ram_bytes()
-        cap = selection.max_ram_bytes
-        selection = replace(selection, max_ram_bytes=reachable if cap is None else min(cap, reachable))
+    if running:
+        selection = _within_reach(selection, machine)
     try:
-        return make_plan(source.spec, workload, machine.hardware, selection, profile=machine.profile, support=support)
+        return make_plan(
+            source.spec,
+            workload,
+            machine.hardware,
+            selection,
+            profile=machine.profile,
+            guidance_scale=request.guidance_scale,
+            support=support,
+        )
     except DoesNotFit as error:
         closest = closest_fits(source.spec, workload, machine.hardware, selection, machine.argument, support=support)
         raise DoesNotFit(error.stage, error.resource, error.needed_bytes, error.available_bytes, closest) from None
 
 
-def replay(plan: Plan, source: ModelSource, machine: Machine, request: Request, path: Path) -> Plan:
-    """Check that a plan file was made for this job, and return it.
+def _within_reach(selection: Selection, machine: Machine) -> Selection:
+    """The selection with its caps lowered to what is free on this very machine."""
+
+    def lower(cap: int | None, free: int) -> int:
+        return free if cap is None else min(cap, free)
+
+    selection = replace(selection, max_ram_bytes=lower(selection.max_ram_bytes, available_ram_bytes()))
+    if machine.hardware.device == "cuda" and not machine.detected:  # a detected card's reserve is what others hold
+        free = free_vram_bytes(machine.device)
+        if free is not None:
+            selection = replace(selection, max_vram_bytes=lower(selection.max_vram_bytes, free))
+    return selection
+
+
+def replay(
+    plan: Plan,
+    source: ModelSource,
+    machine: Machine,
+    request: Request,
+    path: Path | str,
+    selection: Selection | None = None,
+) -> Plan:
+    """Check that a plan was made for this job and fits this machine.
+
+    Args:
+        path: what to call the plan in messages.
+        selection: its memory caps hold for the replay too.
+
+    Returns:
+        The plan to carry out: its placements, with costs and ``not_executable`` worked out anew.
 
     Raises:
-        PlanMismatch: shows what differs.
+        PlanMismatch, UsageError: show what differs, or which value is wrong.
     """
-    check_replay(plan, source.spec.name, workload_of(request, source.spec), machine.hardware, str(path))
-    return plan
+    free = available_ram_bytes() if machine.detected else None
+    return check_replay(
+        plan, source.spec, request, machine.hardware, str(path), selection=selection, free_ram_bytes=free
+    )

@@ -15,12 +15,11 @@ from typing import Any, Literal, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from lowmem_flux2.errors import PlanMismatch, UsageError
+from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning.formats import COMPUTE_DTYPES, FORMATS
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import Component
 from lowmem_flux2.planning.workload import Workload
-from lowmem_flux2.units import format_bytes
 
 SCHEMA_VERSION = 1
 
@@ -118,6 +117,20 @@ class StagePlan:
         return len(self.block_placements) - self.count(Placement.GPU)
 
 
+_DECIDES = (
+    "stage",
+    "weight_format",
+    "compute_dtype",
+    "block_placements",
+    "slots",
+    "chunk_tokens",
+    "tile_px",
+    "step_cache",
+    "batch_size",
+)
+"""Fields of a stage that its pixels and placement follow from; the others are derived, predicted or words."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """The budgets a plan was made for: caps of the whole process, after reserves; ``pinnable_bytes`` lies in RAM."""
@@ -129,13 +142,17 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One plan for one workload on one machine; its peaks are the maxima over its stages."""
+    """One plan for one workload on one machine; its peaks are the maxima over its stages.
+
+    ``guidance_scale`` is the request's: it decides pixels, and no cost beyond ``workload.guidance_passes``.
+    """
 
     schema_version: int
     profile: str
     model: str
     prefer: str
     workload: Workload
+    guidance_scale: float
     hardware: Hardware
     limits: Limits
     stages: tuple[StagePlan, ...]
@@ -143,6 +160,10 @@ class Plan:
 
     def stage(self, name: Stage) -> StagePlan:
         return next(stage for stage in self.stages if stage.stage == name)
+
+    @property
+    def num_images_per_prompt(self) -> int:
+        return self.workload.num_images // self.workload.num_prompts
 
     @property
     def peak_vram_bytes(self) -> int:
@@ -163,8 +184,14 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """First 12 hex digits over everything that decides pixels and memory; recorded in each PNG."""
-        canonical = json.dumps(self.to_json(), sort_keys=True)
+        """First 12 hex digits over what decides pixels and placement, on any machine; recorded in each PNG."""
+        decides = {
+            "model": self.model,
+            "workload": asdict(self.workload),
+            "guidance_scale": self.guidance_scale,
+            "stages": [{key: getattr(stage, key) for key in _DECIDES} for stage in self.stages],
+        }
+        canonical = json.dumps(decides, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
     def to_json(self) -> dict[str, Any]:
@@ -250,24 +277,3 @@ def read_plan(path: Path) -> Plan:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UsageError(f"{path}: not a readable plan file: {error}") from None
     return Plan.from_json(raw, str(path))
-
-
-def check_replay(plan: Plan, model: str, workload: Workload, hardware: Hardware, source: str) -> None:
-    """A replayed plan must have been made for this model, workload and hardware.
-
-    Raises:
-        PlanMismatch: lists each field that differs, plan first.
-    """
-    differences = [] if plan.model == model else [f"model: plan {plan.model}, here {model}"]
-    planned, asked = asdict(plan.workload), asdict(workload)
-    differences += [f"{key}: plan {planned[key]}, here {asked[key]}" for key in asked if planned[key] != asked[key]]
-    if plan.hardware.device != hardware.device:
-        differences.append(f"device: plan {plan.hardware.device}, here {hardware.device}")
-    for key, needed, available in (
-        ("VRAM", plan.peak_vram_bytes, hardware.vram_bytes),
-        ("RAM", plan.peak_ram_bytes, hardware.ram_bytes),
-    ):
-        if needed > available:
-            differences.append(f"{key}: plan needs {format_bytes(needed)}, here {format_bytes(available)}")
-    if differences:
-        raise PlanMismatch(f"{source} was made for something else:\n  " + "\n  ".join(differences))

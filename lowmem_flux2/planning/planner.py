@@ -6,7 +6,7 @@ far below that peak has no reason to give up anything.
 
     quality   least fidelity error, untiled, then fastest
     balanced  the same, while the run is at most TIME_SLACK longer than the fastest one that fits
-    speed     fastest, then least fidelity error
+    speed     fastest, then least copying and reading, then least fidelity error
     memory    least peak VRAM, then least peak RAM of the run, then as quality
 """
 
@@ -62,7 +62,7 @@ class Objective:
         tail = (cost.peak_vram_bytes, cost.peak_ram_bytes, -stage.batch_size)
         faithful = (cost.fidelity_error, stage.tile_px > 0, effort, *tail)
         if self.prefer == "speed":
-            return (effort, cost.fidelity_error, *tail)
+            return (round(1e6 * cost.time_s), effort, cost.fidelity_error, *tail)
         if self.prefer == "memory":
             vram = max(cost.peak_vram_bytes, self.vram_floor_bytes)
             return (vram, max(cost.peak_ram_bytes, self.ram_floor_bytes), *faithful)
@@ -78,6 +78,7 @@ def make_plan(
     selection: Selection,
     *,
     profile: str,
+    guidance_scale: float = 0.0,
     support: Support = SUPPORTED,
 ) -> Plan:
     """The best plan by ``selection.prefer`` among those that fit.
@@ -85,14 +86,18 @@ def make_plan(
     What ``support`` can carry out is preferred over all else; a stage of which no such plan fits is planned with what a
     later version could run, and ``not_executable`` filled.
 
+    Args:
+        guidance_scale: the request's, to be recorded; planning itself needs only the workload's guidance passes.
+
     Raises:
         UsageError: a format, dtype or cache that this hardware or model cannot use.
-        DoesNotFit: no plan fits, executable or not.
+        DoesNotFit: no plan fits, executable or not; of the stages that do not, the one that lacks most.
     """
     check_selection(selection, hardware)
     limits = limits_of(hardware, selection)
     priced: dict[Stage, list[StagePlan]] = {}
     fitting: dict[Stage, list[StagePlan]] = {}
+    failures: list[DoesNotFit] = []
     for name in STAGES:
         for allowed in dict.fromkeys((support, EVERYTHING)):
             priced[name] = Job(model, workload, hardware, selection, limits, allowed).candidates(name)
@@ -100,7 +105,9 @@ def make_plan(
             if fitting[name]:
                 break
         else:
-            raise _does_not_fit(name, priced[name], limits)
+            failures.append(_does_not_fit(name, priced[name], limits))
+    if failures:
+        raise max(failures, key=lambda failure: failure.needed_bytes - failure.available_bytes)
     chosen = _choose(fitting, selection.prefer, hardware)
     stages = tuple(
         replace(chosen[name], reasons=reasons_of(chosen[name], priced[name], fitting[name], selection.prefer, limits))
@@ -112,10 +119,11 @@ def make_plan(
         model=model.name,
         prefer=selection.prefer,
         workload=workload,
+        guidance_scale=guidance_scale,
         hardware=hardware,
         limits=limits,
         stages=stages,
-        not_executable=tuple(dict.fromkeys(word for stage in stages for word in support.missing(stage))),
+        not_executable=support.missing_of(stages),
     )
 
 

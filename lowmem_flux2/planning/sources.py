@@ -8,6 +8,7 @@ weights are the runtime's to fetch.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,6 +48,9 @@ _SYNONYMS: Final[Mapping[str, str]] = {
 MODEL_NAMES: Final = (EMBEDDED, *_ALIASES)
 """Names that MODEL accepts besides folders and hub ids."""
 
+TOKENIZER_FILES: Final = ("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json")
+"""A folder that lacks one of them cannot run, whatever its weights."""
+
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]*\w")
 _NO_TOKEN: Final = "log in with `hf auth login` (or set HF_TOKEN)"
 _HTTP_CLIENTS: Final = ("httpx", "httpx2", "httpcore")  # their errors pass through huggingface_hub unwrapped
@@ -60,7 +64,7 @@ class ModelSource:
     Attributes:
         name: what plans and reports call the model.
         kind: shipped with the package, a folder of the user's, or on the hub.
-        folder: diffusers folder whose weights are all there and match the spec; None where only configs are known.
+        folder: diffusers folder whose weights and tokenizer are all there and match the spec; None where only configs are known.
         repo_id: hub id of a hub model.
         revision: hub revision asked for; None is the default branch.
         spec: built from the configs in ``folder``, or from the shipped or downloaded ones.
@@ -127,6 +131,24 @@ def check_weights(folder: Path, spec: ModelSpec) -> dict[Component, ComponentWei
     return {part: check_component(folder / part, spec.stored_weights(part)) for part in get_args(Component)}
 
 
+def check_tokenizer(folder: Path, source: str) -> None:
+    """Check that the tokenizer's files are there and hold JSON.
+
+    Raises:
+        CheckpointMissing, CheckpointBroken: names the file.
+    """
+    for file in TOKENIZER_FILES:
+        path = folder / file
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointMissing(f"{source}: {file} is missing: download the whole repository again") from None
+        except (ValueError, OSError) as error:
+            raise CheckpointBroken(f"{source}: {file} cannot be read as JSON: {error} ({path})") from error
+        if not isinstance(value, dict):
+            raise CheckpointBroken(f"{source}: {file} holds {type(value).__name__}, not a JSON object ({path})")
+
+
 def shipped_configs(name: str) -> dict[str, Mapping[str, Any]]:
     """Return the configs that ship for an alias, as `spec_from_configs` takes them.
 
@@ -151,6 +173,8 @@ def _from_folder(folder: Path, name: str, kind: SourceKind, source: str) -> Mode
 
 
 def _with_stored_dtype(folder: Path, name: str, source: str, spec: ModelSpec) -> ModelSpec:
+    """The spec of a folder that is complete, with its weights' own dtype."""
+    check_tokenizer(folder, source)
     stored = check_weights(folder, spec)["transformer"].stored_dtype
     return spec_from_configs(name, source, read_configs(folder, source), stored_dtype=stored)
 

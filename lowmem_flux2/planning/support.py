@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -29,6 +30,10 @@ class Support:
         if stage.chunk_tokens and not self.chunk_tokens:
             lacks.append(f"token chunks of {stage.chunk_tokens}")
         return tuple(lacks)
+
+    def missing_of(self, stages: Iterable[StagePlan]) -> tuple[str, ...]:
+        """What is missing for any of the stages, each thing once."""
+        return tuple(dict.fromkeys(word for stage in stages for word in self.missing(stage)))
 
 
 LIBRARY_OF = {"nf4": "bitsandbytes"}

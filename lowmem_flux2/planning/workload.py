@@ -128,6 +128,12 @@ def make_request(
     length = defaults.max_sequence_length if max_sequence_length is None else max_sequence_length
     if not prompts or any(not prompt.strip() for prompt in prompts):
         raise UsageError("the prompt is empty: say what to draw with -p 'a red circle ...'")
+    for prompt in (*prompts, negative_prompt or ""):
+        if not prompt.isascii():
+            try:
+                prompt.encode()
+            except UnicodeEncodeError:
+                raise UsageError(f"the prompt is not valid UTF-8: {prompt!r}") from None
     _checked_side("width", width, model.size_multiple)
     _checked_side("height", height, model.size_multiple)
     if not 1 <= steps <= MAX_STEPS:

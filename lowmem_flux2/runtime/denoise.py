@@ -162,7 +162,7 @@ class Denoiser:
                 self._condition(len(latents[batch]), latents.dtype, timesteps, prompt_embeds[batch], negative)
             )
         self._drop(CONDITIONING)
-        self._load_blocks()
+        self._load_blocks((len(batches) - len(progress.finished)) * len(timesteps) - progress.step)
         on_loaded()
         for batch, (steps, texts) in list(zip(batches, prepared, strict=True))[len(progress.finished) :]:
             done = self._run(latents[batch], progress, timesteps, sigmas, steps, texts, callback, on_step)
@@ -232,7 +232,7 @@ class Denoiser:
             unbind(self._transformer.get_submodule(name))
         release_memory(self._device)  # else what they held stays reserved, in pieces too small for the arena
 
-    def _load_blocks(self) -> None:
+    def _load_blocks(self, rounds: int) -> None:
         net = self._transformer
         for name in EVERY_STEP:
             load_module(net.get_submodule(name), f"{name}.", self._files, self._dtype, self._device)
@@ -243,6 +243,7 @@ class Denoiser:
             placements=self._stage.block_placements,
             device=self._device,
             slots=self._stage.slots,
+            rounds=rounds,
             warn=self._warn,
         )
 

@@ -26,7 +26,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def torch_device(name: str) -> torch.device:
-    """``cpu``, ``cuda`` or ``cuda:1`` as torch.device, initialised.
+    """``cpu``, ``cuda`` or ``cuda:1`` as torch.device, made the current one.
 
     Raises:
         UsageError: CUDA asked for but this torch build or machine has none.
@@ -37,6 +37,8 @@ def torch_device(name: str) -> torch.device:
             f"device {name}: this torch ({torch.__version__}) finds no CUDA GPU; see 'lowmem-flux2 doctor', "
             "or use --device cpu"
         )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
@@ -54,6 +56,25 @@ def cap_vram(device: torch.device, max_vram_bytes: int, context_bytes: int) -> N
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def register_pinned(span: torch.Tensor, device: torch.device) -> str | None:
+    """Page-lock host memory where it is; None, or what CUDA says against it."""
+    span.zero_()  # touch every page first: registration of untouched pages faults them one by one
+    code = torch.cuda.cudart().cudaHostRegister(span.data_ptr(), span.numel(), 0)
+    if int(code) == 0:
+        return None
+    # The failure stays behind as the thread's last error, and the next kernel launch would be blamed for it.
+    try:
+        torch.zeros(1, device=device)
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        pass
+    return f"CUDA error {int(code)}"
+
+
+def unregister_pinned(span: torch.Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(span.data_ptr())
 
 
 def release_memory(device: torch.device) -> None:
@@ -145,13 +166,14 @@ def measure(device: torch.device, context_bytes: int) -> Iterator[Measure]:
     try:
         yield taken
     finally:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            taken.peak_allocated_bytes = torch.cuda.max_memory_allocated(device)
-            taken.peak_vram_bytes = torch.cuda.max_memory_reserved(device) + context_bytes
-            free, total = torch.cuda.mem_get_info(device)
-            taken.driver_used_bytes = total - free
         taken.time_s = time.perf_counter() - start
         peak = sampler.stop()
         taken.peak_ram_bytes = peak.anonymous_bytes
         taken.peak_rss_bytes = peak.rss_bytes
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            taken.time_s = time.perf_counter() - start
+            taken.peak_allocated_bytes = torch.cuda.max_memory_allocated(device)
+            taken.peak_vram_bytes = torch.cuda.max_memory_reserved(device) + context_bytes
+            free, total = torch.cuda.mem_get_info(device)
+            taken.driver_used_bytes = total - free

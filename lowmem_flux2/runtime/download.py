@@ -5,10 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from lowmem_flux2.errors import CheckpointMissing
+from lowmem_flux2.errors import CheckpointMissing, DoesNotFit
 from lowmem_flux2.planning.formats import DTYPE_BYTES
 from lowmem_flux2.planning.sources import ModelSource, explain_hub_error, resolve_model
-from lowmem_flux2.units import format_bytes
 
 _PARTS = ("scheduler/*", "tokenizer/*", "transformer/*", "text_encoder/*", "vae/*", "*.json")
 
@@ -57,8 +56,8 @@ def _check_disk(source: ModelSource) -> None:
     spec = source.spec
     weights = spec.transformer.total_weights + spec.text_encoder.full_weights + spec.vae.total_weights
     needed, free = weights * DTYPE_BYTES[spec.stored_dtype], shutil.disk_usage(folder).free
-    if free < needed:
-        raise CheckpointMissing(
-            f"downloading {source.repo_id} needs about {format_bytes(needed)} of disk, {folder} has "
-            f"{format_bytes(free)} free; set HF_HOME to a folder with more, or a local folder with -m"
-        )
+    blobs = Path(HF_HUB_CACHE) / f"models--{str(source.repo_id).replace('/', '--')}" / "blobs"
+    there = sum(path.stat().st_size for path in blobs.glob("*")) if blobs.is_dir() else 0
+    if free < needed - there:
+        remedy = f"HF_HOME=FOLDER lowmem-flux2 ...   # a disk with more than {folder} has, or a local folder with -m"
+        raise DoesNotFit("download", "disk", needed - there, free, [remedy])

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from lowmem_flux2.errors import CheckpointBroken
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import StagePlan
 from lowmem_flux2.runtime.checkpoint import TensorFile
@@ -29,13 +30,18 @@ from lowmem_flux2.runtime.streaming import BlockStreamer
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase, model: ModelSpec, prompts: Sequence[str], length: int
+    tokenizer: PreTrainedTokenizerBase, model: ModelSpec, prompts: Sequence[str], length: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, each (prompts, length) int64, in the chat form of the model's pipeline.
+
+    Padded or cut to ``length``; with None one prompt comes as long as it is.
 
     The two forms follow Flux2Pipeline._get_mistral_3_small_prompt_embeds and
     Flux2KleinPipeline._get_qwen3_prompt_embeds, whose tokenization is not separate from their forward pass.
     """
+    to_length: dict[str, Any] = {}
+    if length is not None:
+        to_length = {"padding": "max_length", "truncation": True, "max_length": length}
     if model.form == "dev":
         encoded = tokenizer.apply_chat_template(
             format_input(prompts=list(prompts), system_message=SYSTEM_MESSAGE),
@@ -43,9 +49,7 @@ def tokenize(
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            padding="max_length",
-            truncation=True,
-            max_length=length,
+            **to_length,
         )
         return encoded["input_ids"], encoded["attention_mask"]
     texts = [
@@ -54,7 +58,7 @@ def tokenize(
         )
         for prompt in prompts
     ]
-    encoded = tokenizer(texts, return_tensors="pt", padding="max_length", truncation=True, max_length=length)
+    encoded = tokenizer(texts, return_tensors="pt", **to_length)
     return encoded["input_ids"], encoded["attention_mask"]
 
 
@@ -96,11 +100,13 @@ class TextEncoder:
         device: torch.device,
         warn: Callable[[str], None],
         store: PreparedStore | None = None,
+        passes: int = 1,
     ) -> None:
         self._model = model
         self._device = device
         self._dtype = DTYPES[stage.compute_dtype]
-        self._tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        self._warn = warn
+        self._tokenizer = _tokenizer(folder / "tokenizer")
         self._decoder = text_decoder_on_meta(folder / "text_encoder", model)
         self._decoder.rotary_emb.to(device)
         with ExitStack() as undo:
@@ -117,6 +123,7 @@ class TextEncoder:
                 placements=stage.block_placements,
                 device=device,
                 slots=stage.slots,
+                rounds=passes,
                 warn=warn,
             )
             undo.pop_all()
@@ -143,6 +150,9 @@ class TextEncoder:
 
     def _begin(self, prompts: Sequence[str], length: int) -> _Group:
         ids, mask = tokenize(self._tokenizer, self._model, prompts, length)
+        for prompt, full in zip(prompts, mask.all(dim=1).tolist(), strict=True):
+            if full and len(tokenize(self._tokenizer, self._model, [prompt], None)[0][0]) > length:
+                self._warn(f"the prompt is cut to {length} text tokens: {prompt[:60]}...")
         hidden = self._embed(ids).to(self._device)
         positions = torch.arange(length, device=self._device).unsqueeze(0)
         kinds = getattr(self._decoder.config, "layer_types", None) or ["full_attention"] * len(self._decoder.layers)
@@ -179,3 +189,18 @@ class TextEncoder:
             else create_causal_mask(**asked)
         )
         return masks
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, and nowhere else.
+
+    Raises:
+        CheckpointBroken: missing, unreadable, or without a chat template.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the libraries raise whatever their parsers do
+        raise CheckpointBroken(f"{folder}: the tokenizer cannot be loaded: {error}") from error
+    if tokenizer.chat_template is None:
+        raise CheckpointBroken(f"{folder}: the tokenizer has no chat template (chat_template.jinja)")
+    return tokenizer

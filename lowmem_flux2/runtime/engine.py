@@ -18,15 +18,16 @@ from PIL.Image import Image
 
 from lowmem_flux2.errors import CheckpointMissing, UsageError
 from lowmem_flux2.planning.formats import FORMATS
-from lowmem_flux2.planning.job import AUTO, Machine, plan_job, resolve_machine
+from lowmem_flux2.planning.job import AUTO, Machine, plan_job, replay, resolve_machine
 from lowmem_flux2.planning.ladder import next_rung
-from lowmem_flux2.planning.plan import Plan, Stage, check_replay
+from lowmem_flux2.planning.plan import Plan, Stage
 from lowmem_flux2.planning.planner import Selection, StreamFrom
 from lowmem_flux2.planning.sources import ModelSource, resolve_model
 from lowmem_flux2.planning.workload import Preference, Request, image_seeds, make_request, workload_of
 from lowmem_flux2.report import ImageRecord, Report
 from lowmem_flux2.runtime.cache import cache_folder
 from lowmem_flux2.runtime.denoise import Generators, StepCallback
+from lowmem_flux2.runtime.device import torch_device
 from lowmem_flux2.runtime.download import with_weights
 from lowmem_flux2.runtime.executor import Executor, Inputs, Observer, Outcome, Silent, check_inputs
 from lowmem_flux2.runtime.prepare import prepare
@@ -194,6 +195,7 @@ class Engine:
         self,
         prompt: str | Sequence[str] | None = None,
         *,
+        image: object = None,
         negative_prompt: str | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -222,6 +224,8 @@ class Engine:
             UsageError: arguments that contradict each other or cannot be honoured.
             DoesNotFit, CheckpointError, RunError: see ``lowmem_flux2.errors``.
         """
+        if image is not None:
+            raise UsageError("reference images (image=...) are not in this version")
         if (prompt is None) == (prompt_embeds is None):
             raise UsageError("give either prompt or prompt_embeds, and not both")
         if generator is not None and seed is not None:
@@ -274,6 +278,7 @@ class Engine:
         output_type: OutputType = "pil",
     ) -> Generation:
         """Carry a plan out for a request that is already checked. Images with a seed get a generator of their own."""
+        torch_device(self._device)  # before a download of many gigabytes
         self._source = with_weights(self._source, offline=self._offline)
         folder, form = self._source.folder, self._source.spec.form
         assert folder is not None

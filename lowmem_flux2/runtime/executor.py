@@ -18,7 +18,7 @@ import torch
 from lowmem_flux2.errors import NotExecutable, RunError, UsageError
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Placement, Plan, Stage, StagePlan
-from lowmem_flux2.planning.workload import Request
+from lowmem_flux2.planning.workload import Request, guidance_passes
 from lowmem_flux2.report import StageMeasure
 from lowmem_flux2.runtime.decode import Decoder
 from lowmem_flux2.runtime.denoise import Denoiser, Generators, Progress, StepCallback, initial_latents
@@ -100,6 +100,8 @@ def check_inputs(model: ModelSpec, request: Request, inputs: Inputs) -> None:
     shape = (request.num_images, channels, request.height // multiple, request.width // multiple)
     if inputs.latents is not None and tuple(inputs.latents.shape) != shape:
         raise UsageError(f"latents have the shape {tuple(inputs.latents.shape)}, this request needs {shape}")
+    if inputs.negative_prompt_embeds is not None and guidance_passes(model, request.guidance_scale) == 1:
+        raise UsageError(f"negative_prompt_embeds have no effect on {model.name} with this guidance; leave them out")
     width = model.text_encoder.joint_dim
     for name in ("prompt_embeds", "negative_prompt_embeds"):
         embeds = getattr(inputs, name)
@@ -162,25 +164,28 @@ class Executor:
         """One row of embeddings an image, for each guidance pass."""
         two_passes = self._plan.workload.guidance_passes == 2
         embeds, negative = inputs.prompt_embeds, inputs.negative_prompt_embeds
-        if embeds is None or (two_passes and negative is None):
+        needs_negative = two_passes and negative is None
+        if embeds is None or needs_negative:
             size, prompts = self._plan.stage("encode").batch_size, request.prompts
             chunks = [prompts[at : at + size] for at in range(0, len(prompts), size)]
             made: list[list[torch.Tensor]] = []
 
             def attempt(stage: StagePlan, loaded: Callable[[], None]) -> None:
                 store = self._stores.get(stage.component)
-                arguments = (self._folder, self._model, stage, self._device, self._event, store)
+                passes = len(chunks) - len(made)
+                arguments = (self._folder, self._model, stage, self._device, self._event, store, passes)
                 with closing(TextEncoder(*arguments)) as encoder:
                     loaded()
                     for chunk in chunks[len(made) :]:
-                        groups = [chunk] + ([[request.negative_prompt or ""] * len(chunk)] if two_passes else [])
+                        groups = [chunk] if embeds is None else []
+                        groups += [(request.negative_prompt or "",) * len(chunk)] if needs_negative else []
                         made.append(encoder.encode(groups, request.max_sequence_length, self._observer.advanced))
 
             layers = len(self._plan.stage("encode").block_placements)
             self._climb("encode", len(chunks) * layers, attempt)
             embeds = torch.cat([groups[0] for groups in made]) if embeds is None else embeds
-            if two_passes and negative is None:
-                negative = torch.cat([groups[1] for groups in made])
+            if needs_negative:
+                negative = torch.cat([groups[-1] for groups in made])
         repeats = request.num_images_per_prompt
         embeds = embeds.repeat_interleave(repeats, dim=0)
         return embeds, negative.repeat_interleave(repeats, dim=0) if negative is not None and two_passes else None

@@ -18,6 +18,9 @@ from lowmem_flux2.planning.workload import Request
 from lowmem_flux2.report import ImageRecord
 
 FIELDS = ("seed", "index", "model")
+LONGEST_NAME_BYTES = 220
+"""File systems allow 255; what makes a name unique and temporary is added."""
+LONGEST_SEED, LONGEST_INDEX = 2**63 - 1, 9999
 
 
 class OutputPattern:
@@ -39,18 +42,36 @@ class OutputPattern:
         if path.suffix.lower() != ".png":
             raise UsageError(f"--output {pattern}: pictures are written as .png")
         self._pattern = pattern
-        folder = path.parent
-        if "{" not in str(folder):
-            if not folder.is_dir():
-                raise UsageError(f"--output {pattern}: there is no folder {folder}; create it first")
-            try:
-                with tempfile.NamedTemporaryFile(dir=folder, prefix=".lowmem-flux2-"):
-                    pass  # os.access would say yes to root, and to a file system that is read-only
-            except OSError as error:
-                raise UsageError(f"--output {pattern}: the folder {folder} cannot be written to: {error}") from None
+        check_writable("--output", self.path(seed=LONGEST_SEED, index=LONGEST_INDEX, model="model"), pattern)
 
     def path(self, *, seed: int, index: int, model: str) -> Path:
         return Path(self._pattern.format(seed=seed, index=index, model=model.replace("/", "--")))
+
+
+def check_writable(flag: str, path: Path, shown: str | None = None) -> None:
+    """Try a file in the folder: ``os.access`` would say yes to root, and to a file system that is read-only.
+
+    Folders named after ``{model}`` and the like are made when a picture is saved; the nearest one that is there counts.
+
+    Raises:
+        UsageError: no such folder, not writable, a folder where a file should be, or a name that is too long.
+    """
+    named = f"{flag} {shown or path}"
+    if len(path.name.encode()) > LONGEST_NAME_BYTES:
+        raise UsageError(f"{named}: the file name is longer than {LONGEST_NAME_BYTES} bytes")
+    if path.is_dir():
+        raise UsageError(f"{named}: this is a folder; give a file name")
+    folder = path.parent
+    if shown is not None and "{" in str(Path(shown).parent):
+        while not folder.exists():
+            folder = folder.parent
+    if not folder.is_dir():
+        raise UsageError(f"{named}: there is no folder {folder}; create it first")
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".lowmem-flux2-"):
+            pass
+    except OSError as error:
+        raise UsageError(f"{named}: the folder {folder} cannot be written to: {error}") from None
 
 
 def save_png(picture: Image, path: Path, metadata: Mapping[str, str]) -> Path:
@@ -102,6 +123,12 @@ def describe(request: Request, plan: Plan, record: ImageRecord, versions: Mappin
         "steps": str(request.num_inference_steps),
         "guidance_scale": f"{request.guidance_scale:g}",
         "size": f"{request.width}x{request.height}",
+        "batch_size": str(plan.stage("denoise").batch_size),
+        "images": str(request.num_images),
+        "dtype": plan.stage("denoise").compute_dtype,
+        "weight_format": plan.stage("denoise").weight_format,
+        "text_weight_format": plan.stage("encode").weight_format,
+        "vae_tile": str(plan.stage("decode").tile_px or "off"),
         "max_sequence_length": str(request.max_sequence_length),
         "plan": plan.digest,
         "versions": " ".join(f"{name}=={version}" for name, version in versions.items()),

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -30,8 +30,10 @@ from lowmem_flux2.runtime.components import (
 from lowmem_flux2.runtime.device import DTYPES
 from lowmem_flux2.runtime.layout import Layout, allocate, layout_of
 from lowmem_flux2.runtime.quantize import STORED, StoredLinear
-from lowmem_flux2.runtime.store import LIBRARIES, SCHEMA, Entry, PreparedStore, block_path, entry_of
+from lowmem_flux2.runtime.store import LIBRARIES, SCHEMA, Entry, PreparedStore, block_path, entry_of, layout_digest
 
+SOURCE = "source.txt"
+"""In an unfinished entry: what it is being made of, so that it goes too when the source has changed."""
 SPARE_BYTES = 64 << 20
 """Left free on the disk for the manifest and for others."""
 
@@ -65,6 +67,7 @@ def prepare(
                 return PreparedStore.open(final)
             _remove_stale(root, entry, folder)
             partial.mkdir(exist_ok=True)
+            write_atomically(partial / SOURCE, str(folder.resolve()))
             with TensorFile(folder / component) as files:
                 blocks = component_blocks(folder, model, component, files)
                 prefixes = blocks.prefixes
@@ -139,6 +142,7 @@ def _write_manifest(partial: Path, entry: Entry, folder: Path, layouts: Sequence
         "source": str(folder.resolve()),
         "block_bytes": [layout.total_bytes for layout in layouts],
         "checksums": checksums,
+        "layout": layout_digest(layouts),
         "versions": {name: metadata.version(name) for name in ("torch", *LIBRARIES.values()) if _installed(name)},
     }
     write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
@@ -172,14 +176,14 @@ def _check_disk(folder: Path, needed_bytes: int) -> None:
 
 
 def _remove_stale(root: Path, entry: Entry, folder: Path) -> None:
-    """Drop entries of the same source, component and format whose source has changed since."""
-    for other in root.glob(f"{entry.component}-{entry.weight_format}-{entry.dtype}-*/{MANIFEST}"):
-        try:
-            source = json.loads(other.read_text(encoding="utf-8"))["source"]
-        except (OSError, ValueError, KeyError):
+    """Drop entries, finished or not, of the same source, component and format whose source has changed since."""
+    kind = f"{entry.component}-{entry.weight_format}-{entry.dtype}-"
+    for other in (*root.glob(f"{kind}*/{SOURCE}"), *root.glob(f".partial-{kind}*/{SOURCE}")):
+        if other.parent.name.removeprefix(".partial-") == entry.name:
             continue
-        if source == str(folder.resolve()) and other.parent.name != entry.name:
-            shutil.rmtree(other.parent, ignore_errors=True)
+        with suppress(OSError):
+            if other.read_text(encoding="utf-8") == str(folder.resolve()):
+                shutil.rmtree(other.parent)
 
 
 @contextmanager

@@ -209,7 +209,8 @@ class Nf4Linear(StoredLinear):
         )
         state = bnb.QuantState(
             absmax=self.absmax,
-            shape=torch.Size((self.out_features, self.in_features)),
+            # As one row: 0.50.2 takes wrong absmax on a CPU where rows are not a multiple of 64.
+            shape=torch.Size((1, self.out_features * self.in_features)),
             code=self.levels,
             blocksize=NF4_BLOCK,
             quant_type="nf4",
@@ -218,7 +219,7 @@ class Nf4Linear(StoredLinear):
             state2=nested,
         )
         weight: torch.Tensor = bnb.dequantize_4bit(self.weight, state)
-        return weight
+        return weight.view(self.out_features, self.in_features)
 
 
 STORED: dict[str, type[StoredLinear]] = {

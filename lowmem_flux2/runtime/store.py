@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from lowmem_flux2.errors import CheckpointBroken
+from lowmem_flux2.errors import CheckpointBroken, UsageError
 from lowmem_flux2.planning.headers import component_headers
 from lowmem_flux2.runtime.cache import MANIFEST
 from lowmem_flux2.runtime.components import Blocks
@@ -30,7 +30,7 @@ from lowmem_flux2.runtime.device import DTYPES
 from lowmem_flux2.runtime.layout import BlockSource, Layout, layout_of
 from lowmem_flux2.runtime.rawfile import RawFile
 
-SCHEMA = 1
+SCHEMA = 2
 """Raised whenever the stored bytes of any format change."""
 LIBRARIES = {"nf4": "bitsandbytes"}
 """The library whose version decides a format's bytes; the others are torch arithmetic of ours, covered by SCHEMA."""
@@ -51,10 +51,17 @@ class Entry:
 
 
 def entry_of(folder: Path, component: str, weight_format: str, dtype: str) -> Entry:
-    """The entry for a component of a diffusers folder. Reads headers and file times, no weights."""
+    """The entry for a component of a diffusers folder. Reads headers and file times, no weights.
+
+    Raises:
+        UsageError: the format's library is not installed.
+    """
     digest = hashlib.sha256(f"schema {SCHEMA} {weight_format} {dtype}".encode())
     if weight_format in LIBRARIES:
-        digest.update(metadata.version(LIBRARIES[weight_format]).encode())
+        try:
+            digest.update(metadata.version(LIBRARIES[weight_format]).encode())
+        except metadata.PackageNotFoundError as error:
+            raise UsageError(f"{component} in {weight_format}: {LIBRARIES[weight_format]} is not installed") from error
     digest.update((folder / component / "config.json").read_bytes())
     for header in component_headers(folder / component):
         seen = header.path.stat()
@@ -84,6 +91,7 @@ class PreparedStore:
     dtype: str
     block_bytes: tuple[int, ...]
     checksums: tuple[str, ...]
+    layout: str
     source: str
 
     @classmethod
@@ -101,6 +109,7 @@ class PreparedStore:
                 dtype=raw["dtype"],
                 block_bytes=tuple(raw["block_bytes"]),
                 checksums=tuple(raw["checksums"]),
+                layout=raw["layout"],
                 source=raw["source"],
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -124,8 +133,11 @@ class PreparedStore:
         """
         dtype = DTYPES[self.dtype]
         layouts = [layout_of(module, "", dtype) for module in blocks.converted(self.weight_format, dtype).modules]
-        if tuple(layout.total_bytes for layout in layouts) != self.block_bytes:
-            raise CheckpointBroken(f"{self.folder} was prepared for another model: remove it")
+        if layout_digest(layouts) != self.layout:
+            raise CheckpointBroken(
+                f"{self.folder} was prepared for another model, or by another release of diffusers or transformers: "
+                "remove it"
+            )
         return [StoredBlock(layout, block_path(self.folder, index)) for index, layout in enumerate(layouts)]
 
     def verify(self) -> Iterator[str]:
@@ -140,6 +152,12 @@ def find(folder: Path, component: str, weight_format: str, dtype: str, cache: Pa
     """The finished entry for a component as its files are now, or None."""
     final = cache / "prepared" / entry_of(folder, component, weight_format, dtype).name
     return PreparedStore.open(final) if final.exists() else None
+
+
+def layout_digest(layouts: Sequence[Layout]) -> str:
+    """Which tensor lies where in each block: a release of diffusers that names or orders them otherwise is seen."""
+    places = [(place.name, place.offset, place.shape, str(place.dtype)) for each in layouts for place in each.places]
+    return hashlib.sha256(repr((places, [each.total_bytes for each in layouts])).encode()).hexdigest()
 
 
 def block_path(folder: Path, index: int) -> Path:

@@ -6,9 +6,10 @@
     └ disk: safetensors    ┘ ─ read into a ring, then copy ─► slot ...
 
 A block's tensors lie in one span, each aligned to 256 bytes, so a block is one copy. Slots are allocated once; there
-is no allocation in the loop. On a GPU the host issues copies on one stream and never waits for it: the compute stream
-waits for the copy's event, and the copy stream for the event after the slot's last use. With ``device=cpu`` the same
-code runs, a worker thread in place of the copy stream.
+is no allocation in the loop. On a GPU the host issues the copies of pinned blocks on one stream and never waits for
+them: the compute stream waits for the copy's event, and the copy stream for the event after the slot's last use.
+Pageable and disk blocks are brought by a worker thread, for which the host may have to wait. With ``device=cpu`` the
+same code runs, the worker thread in place of the copy stream.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 from lowmem_flux2.planning.plan import Placement
+from lowmem_flux2.runtime.device import register_pinned, synchronize, unregister_pinned
 from lowmem_flux2.runtime.layout import BlockSource, allocate, bind, unbind
 
 
@@ -43,6 +45,7 @@ class BlockStreamer:
         placements: one per block.
         device: compute device.
         slots: device buffers for streamed blocks; the prefetch depth is one less.
+        rounds: how many times all blocks are used; nothing is prefetched beyond the last.
         warn: called with one line when pinning fails.
     """
 
@@ -53,6 +56,7 @@ class BlockStreamer:
         placements: Sequence[Placement],
         device: torch.device,
         slots: int,
+        rounds: int,
         warn: Callable[[str], None] = warnings.warn,
     ) -> None:
         if not len(blocks) == len(sources) == len(placements):
@@ -65,19 +69,22 @@ class BlockStreamer:
         self._streamed = [index for index, placed in enumerate(placements) if placed is not Placement.GPU]
         if self._streamed and slots < 1:
             raise ValueError("streamed blocks need at least one slot")
-        self._transport = _CudaTransport(device) if device.type == "cuda" else _HostTransport()
         self._worker = ThreadPoolExecutor(1, "block-reader")
         self.pinned_bytes = 0
         largest = max((self._layouts[index].total_bytes for index in self._streamed), default=0)
         self._slots = [allocate(largest, device) for _ in range(min(slots, len(self._streamed)))]
+        self._transport = _CudaTransport(device) if device.type == "cuda" else _HostTransport()
         self._spans: dict[int, torch.Tensor] = {}
         self._registered: list[torch.Tensor] = []
         self._ring: list[torch.Tensor] = []
+        self._inline: set[int] = set()
+        self._has_warned = False
+        self._last_use = rounds * len(self._streamed)
         self._next_use = 0
         self._uses: dict[int, _Use] = {}
         try:
             if Placement.DISK in placements and device.type == "cuda":
-                self._ring = [self._host_span(largest, pin=True, warn=warn) for _ in self._slots]
+                self._ring = [self._host_span(largest, warn, pin=True)[0] for _ in self._slots]
             self._load(warn)
         except BaseException:
             self.close()
@@ -93,11 +100,11 @@ class BlockStreamer:
             if not chosen:
                 continue
             on_device = placement is Placement.GPU
-            arena = (
-                allocate(total, self._device)
-                if on_device
-                else self._host_span(total, pin=placement is Placement.PINNED, warn=warn)
-            )
+            if on_device:
+                arena = allocate(total, self._device)
+            else:
+                arena, is_pinned = self._host_span(total, warn, pin=placement is Placement.PINNED)
+                self._inline.update(chosen if is_pinned else ())
             offset = 0
             for index in chosen:
                 layout = self._layouts[index]
@@ -130,21 +137,22 @@ class BlockStreamer:
                 reading = self._worker.submit(read, number + 1)
             self._spans[index].copy_(ready)
 
-    def _host_span(self, size_bytes: int, pin: bool, warn: Callable[[str], None]) -> torch.Tensor:
-        """Host memory; pinned by registering it, since pinned allocations are rounded up to a power of two."""
+    def _host_span(self, size_bytes: int, warn: Callable[[str], None], pin: bool) -> tuple[torch.Tensor, bool]:
+        """Host memory, and whether it is pinned: registered, since pinned allocations are rounded to a power of two."""
         span = allocate(size_bytes, torch.device("cpu"))
-        if pin and self._device.type == "cuda":
-            span.zero_()  # touch every page first: registration of untouched pages faults them one by one
-            code = torch.cuda.cudart().cudaHostRegister(span.data_ptr(), size_bytes, 0)
-            if int(code) == 0:
-                self._registered.append(span)
-                self.pinned_bytes += size_bytes
-            else:
-                warn(
-                    f"could not pin {size_bytes >> 20} MiB (CUDA error {int(code)}): copying from pageable memory "
-                    "instead, which is two to three times slower; raise the memlock limit (ulimit -l)"
-                )
-        return span
+        if not pin or self._device.type != "cuda":
+            return span, False
+        failure = register_pinned(span, self._device)
+        if failure is None:
+            self._registered.append(span)
+            self.pinned_bytes += size_bytes
+        elif not self._has_warned:
+            self._has_warned = True
+            warn(
+                f"could not pin {size_bytes >> 20} MiB ({failure}): copying from pageable memory instead, which is two "
+                "to three times slower; raise the memlock limit (ulimit -l)"
+            )
+        return span, failure is None
 
     # ------------------------------------------------------------------------------------------------- a round
 
@@ -158,12 +166,16 @@ class BlockStreamer:
             bind(block, self._layouts[index], self._slots[use.slot])
             yield block
             self._transport.used(use.slot)
-            self._issue(self._next_use + len(self._slots) - 1)
+            ahead = self._next_use + len(self._slots) - 1
+            if ahead < self._last_use:
+                self._issue(ahead)
 
     def _await_copy(self, index: int) -> _Use:
         if self._next_use == 0 and not self._uses:
-            for number in range(len(self._slots)):
+            for number in range(min(len(self._slots), self._last_use)):
                 self._issue(number)
+        if self._next_use not in self._uses:  # a round more than was announced
+            self._issue(self._next_use)
         use = self._uses.pop(self._next_use)
         assert use.block == index, f"block {index} asked for, block {use.block} was prefetched"
         self._next_use += 1
@@ -177,7 +189,7 @@ class BlockStreamer:
         slot = number % len(self._slots)
         use = _Use(index, slot, None)
         self._uses[number] = use
-        if self._placements[index] is Placement.PINNED and self._device.type == "cuda":
+        if index in self._inline:
             self._transport.copy(self._spans[index], self._slots[slot], slot)
         else:
             use.issued = self._worker.submit(self._bring, index, slot)
@@ -199,10 +211,9 @@ class BlockStreamer:
     def close(self) -> None:
         """Stop the worker and give every arena and slot back. The modules return to the meta device."""
         self._worker.shutdown(wait=True, cancel_futures=True)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        synchronize(self._device)
         for span in self._registered:
-            torch.cuda.cudart().cudaHostUnregister(span.data_ptr())
+            unregister_pinned(span)
         for block in self._blocks:
             unbind(block)
         self._registered.clear()
@@ -234,6 +245,8 @@ class _CudaTransport:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
+        # Slots may be memory that kernels under way still use.
+        self._stream.wait_stream(torch.cuda.current_stream(device))
         self._copied: dict[int, torch.cuda.Event] = {}
         self._used: dict[int, torch.cuda.Event] = {}
 

@@ -216,11 +216,17 @@ def test_one_bf16_picture_equals_a_stock_run(form: str, folders: dict[str, Path]
 # --- embeddings -----------------------------------------------------------------------------------------------------
 
 
-def cut_embeddings(folder: Path, dtype: str, groups: list[list[str]], placement: str = "gpu") -> list[torch.Tensor]:
+def cut_embeddings(
+    folder: Path,
+    dtype: str,
+    groups: list[list[str]],
+    placement: str = "gpu",
+    warn: Callable[[str], object] = pytest.fail,
+) -> list[torch.Tensor]:
     engine = Engine(str(folder), dtype=dtype)
     request = engine.request(groups[0], **SIZE, num_inference_steps=1, max_sequence_length=TEXT_TOKENS)
     stage = placed(engine.plan(request).stage("encode"), placement)
-    encoder = TextEncoder(folder, engine.source.spec, stage, torch.device("cpu"), pytest.fail)
+    encoder = TextEncoder(folder, engine.source.spec, stage, torch.device("cpu"), warn)
     try:
         return encoder.encode(groups, TEXT_TOKENS)
     finally:
@@ -259,10 +265,13 @@ def test_an_encoder_that_ends_at_the_last_tap_hands_out_the_normed_state(
     assert not torch.equal(norm(made[..., :width]), made[..., :width])  # the norm does change a state
 
 
-def test_a_long_prompt_is_cut_to_the_text_length(folders: dict[str, Path], stock: Stock) -> None:
+def test_a_long_prompt_is_cut_to_the_text_length_with_a_warning(folders: dict[str, Path], stock: Stock) -> None:
     long = " ".join([PROMPT] * 20)
     for form in ("dev", "klein"):
-        (made,) = cut_embeddings(folders[form], "fp32", [[long]])
+        warnings: list[str] = []
+        (made,) = cut_embeddings(folders[form], "fp32", [[long]], warn=warnings.append)
+        assert len(warnings) == 1
+        assert f"cut to {TEXT_TOKENS} text tokens" in warnings[0]
         with torch.no_grad():
             expected, _ = stock(form, "fp32").encode_prompt(long, max_sequence_length=TEXT_TOKENS)
         assert torch.equal(made, expected)

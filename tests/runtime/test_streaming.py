@@ -51,9 +51,10 @@ class Blocks:
         slots: int,
         files: TensorFile,
         dtype: torch.dtype = torch.float32,
+        rounds: int = 100,
     ) -> BlockStreamer:
         sources = Component(self.modules, self.prefixes).sources(files, dtype)
-        return BlockStreamer(self.modules, sources, placements, CPU, slots, warn=pytest.fail)
+        return BlockStreamer(self.modules, sources, placements, CPU, slots, rounds, warn=pytest.fail)
 
     def check(self, index: int, block: nn.Module, dtype: torch.dtype = torch.float32) -> None:
         """The block handed out is the one of this index, and all of its weights are right and aligned."""
@@ -161,6 +162,23 @@ def test_weights_are_converted_on_their_way(mixture: str, blocks: Blocks, files:
         check_rounds(blocks, streamer, 2, torch.bfloat16)
     finally:
         streamer.close()
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_nothing_is_read_beyond_the_announced_rounds(
+    slots: int, blocks: Blocks, files: TensorFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[int] = []
+    bring = BlockStreamer._bring
+    monkeypatch.setattr(
+        BlockStreamer, "_bring", lambda self, index, slot: (reads.append(index), bring(self, index, slot))
+    )
+    streamer = blocks.streamer(MIXTURES["disk"], slots, files, rounds=2)
+    check_rounds(blocks, streamer, 2)
+    assert len(reads) == 2 * COUNT
+    check_rounds(blocks, streamer, 1)  # one more than announced still works
+    assert len(reads) == 3 * COUNT
+    streamer.close()
 
 
 def test_streams_from_shards(tmp_path: Path) -> None:
