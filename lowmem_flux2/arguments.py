@@ -36,7 +36,7 @@ class Wanted:
     height: int | None
     steps: int | None
     guidance: float | None
-    num_images: int
+    num_images: int | None
     negative_prompt: str | None
     max_sequence_length: int | None
 
@@ -46,13 +46,13 @@ class Wanted:
         return Wanted(
             model=self.model or plan.model,
             prompts=self.prompts,
-            width=self.width or work.width,
-            height=self.height or work.height,
+            width=work.width if self.width is None else self.width,
+            height=work.height if self.height is None else self.height,
             steps=work.steps if self.steps is None else self.steps,
-            guidance=self.guidance,
-            num_images=self.num_images,
+            guidance=plan.guidance_scale if self.guidance is None else self.guidance,
+            num_images=work.num_images // work.num_prompts if self.num_images is None else self.num_images,
             negative_prompt=self.negative_prompt,
-            max_sequence_length=self.max_sequence_length or work.text_tokens,
+            max_sequence_length=work.text_tokens if self.max_sequence_length is None else self.max_sequence_length,
         )
 
 
@@ -69,10 +69,15 @@ def resolve(
         height=wanted.height,
         num_inference_steps=wanted.steps,
         guidance_scale=wanted.guidance,
-        num_images_per_prompt=wanted.num_images,
+        num_images_per_prompt=1 if wanted.num_images is None else wanted.num_images,
         max_sequence_length=wanted.max_sequence_length,
     )
-    return Asked(model, source, resolve_machine(profile, device, selection.max_ram_bytes), request, selection)
+    if revision is not None and source.kind != "hub":
+        raise UsageError(f"--revision {revision}: {model} is not on the hub; leave the flag out")
+    machine = resolve_machine(profile, device, selection.max_ram_bytes)
+    if selection.max_vram_bytes is not None and machine.hardware.device == "cpu":
+        raise UsageError("--max-vram: there is no VRAM on the cpu; cap RAM with --max-ram")
+    return Asked(model, source, machine, request, selection)
 
 
 def selection_of(

@@ -26,7 +26,7 @@ from lowmem_flux2.arguments import (
     selection_of,
 )
 from lowmem_flux2.errors import Interrupted, LowMemFlux2Error, NotExecutable, RunError, UsageError
-from lowmem_flux2.planning.hardware import Profile, check_profile, list_profiles, profiles_dir, read_profile
+from lowmem_flux2.planning.hardware import Profile, check_profile, list_profiles, read_profile
 from lowmem_flux2.planning.job import plan_job, replay, resolve_machine
 from lowmem_flux2.planning.plan import Plan, read_plan
 from lowmem_flux2.planning.sources import EMBEDDED, resolve_model
@@ -35,6 +35,8 @@ from lowmem_flux2.units import format_bytes
 from lowmem_flux2.version import __version__
 
 if TYPE_CHECKING:
+    import torch
+
     from lowmem_flux2.runtime.picture import OutputPattern
 
 app = typer.Typer(
@@ -71,7 +73,7 @@ def generate(
     steps: opt.Steps = None,
     guidance: opt.Guidance = None,
     seed: opt.Seed = None,
-    num_images: opt.NumImages = 1,
+    num_images: opt.NumImages = None,
     negative_prompt: opt.Negative = None,
     max_sequence_length: opt.Length = None,
     image: opt.References = None,
@@ -141,7 +143,7 @@ def generate(
         replayed = read_plan(plan)
         check_nothing_is_chosen(selection)
         asked = resolve(wanted.after(replayed), selection, profile, device, revision, offline)
-        made = replay(replayed, asked.source, asked.machine, asked.request, plan)
+        made = replay(replayed, asked.source, asked.machine, asked.request, plan, selection)
     else:
         asked = resolve(wanted, selection, profile, device, revision, offline)
         made = plan_job(asked.source, asked.machine, asked.request, selection, running=True)
@@ -181,11 +183,11 @@ def _run(
     metadata: bool,
     quiet: bool,
 ) -> None:
-    """Carry the plan out, save the pictures, print the report."""
+    """Carry the plan out, save each picture when it is decoded, print the report."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels at each import
     from lowmem_flux2.console import ConsoleObserver
-    from lowmem_flux2.report import write_report
-    from lowmem_flux2.runtime.engine import Engine
+    from lowmem_flux2.report import ImageRecord, write_report
+    from lowmem_flux2.runtime.engine import Engine, to_pil, versions
     from lowmem_flux2.runtime.executor import Inputs
     from lowmem_flux2.runtime.picture import describe, save_png
 
@@ -201,16 +203,18 @@ def _run(
             may_prepare=running.may_prepare,
             observer=observer,
         )
-        result = engine.run(request, made, Inputs(), seeds)
-    records = []
-    for index, (picture, record) in enumerate(zip(result.images, result.report.images, strict=True)):
-        number = record.seed or 0
-        path = pattern.path(seed=number, index=index, model=made.model)
-        texts = describe(request, made, record, result.report.versions) if metadata else {}
-        saved = save_png(picture, path, texts)
-        records.append(replace(record, path=str(saved)))
-        out.print(f"{saved}   seed {number}", soft_wrap=True)
-    report = replace(result.report, images=tuple(records))
+        saved: list[ImageRecord] = []
+
+        def save(index: int, picture: torch.Tensor) -> None:
+            prompt = request.prompts[index // request.num_images_per_prompt]
+            record = ImageRecord(None, seeds[index], prompt)
+            texts = describe(request, made, record, versions()) if metadata else {}
+            path = save_png(to_pil(picture), pattern.path(seed=seeds[index], index=index, model=made.model), texts)
+            saved.append(ImageRecord(str(path), seeds[index], prompt))
+            out.print(f"{path}   seed {seeds[index]}", soft_wrap=True)
+
+        result = engine.run(request, made, Inputs(on_picture=save), seeds)
+    report = replace(result.report, images=tuple(saved))
     if not quiet:
         out.print(report.table())
     if report_file is not None:
@@ -226,7 +230,7 @@ def plan(
     height: opt.Height = None,
     steps: opt.Steps = None,
     guidance: opt.Guidance = None,
-    num_images: opt.NumImages = 1,
+    num_images: opt.NumImages = None,
     negative_prompt: opt.Negative = None,
     max_sequence_length: opt.Length = None,
     image: opt.References = None,
@@ -368,9 +372,8 @@ def profiles_list() -> None:
 def profiles_show(name: Annotated[str, typer.Argument(help="A name of 'profiles list', or a TOML file.")]) -> None:
     """One profile, with the source of every number."""
     profile: Profile = read_profile(name)
-    path = Path(name) if name.endswith(".toml") else profiles_dir() / f"{name}.toml"
-    out.print(f"# {profile.title}: {path}", soft_wrap=True)
-    out.print(path.read_text(encoding="utf-8"), end="", markup=False, soft_wrap=True)
+    out.print(f"# {profile.title}: {profile.path}", soft_wrap=True)
+    out.print(profile.path.read_text(encoding="utf-8"), end="", markup=False, soft_wrap=True)
 
 
 @profiles_app.command("check")

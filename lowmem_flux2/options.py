@@ -59,7 +59,7 @@ Height = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's.", rich_help_panel=ASK)]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: the model's.", rich_help_panel=ASK)]
-NumImages = Annotated[int, typer.Option(help="Images per prompt.", rich_help_panel=ASK)]
+NumImages = Annotated[int | None, typer.Option(help="Images per prompt. Default: 1.", rich_help_panel=ASK)]
 Negative = Annotated[
     str | None, typer.Option(help="What to avoid; klein base models with guidance above 1 only.", rich_help_panel=ASK)
 ]

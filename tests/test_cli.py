@@ -98,6 +98,8 @@ def _fails(ran: Ran, code: int, *said: str) -> None:
         (["-p", "x", "-o", "/proc/{model}/x.png"], "/proc"),
         (["-p", "x", "-o", "x" * 300 + ".png"], "longer"),
         (["-p", "x\udcff"], "UTF-8"),
+        (["-p", "x", "--revision", "main"], "--revision"),
+        (["-p", "x", "--max-vram", "8GiB"], "--max-ram"),
         (["-p", "x", "--no-such-flag"], "--no-such-flag"),
         (["-p", "x", "--weight-format", "q4_k"], "q4_k"),
     ],
@@ -187,7 +189,7 @@ def test_what_does_not_fit_is_refused_with_commands_that_fit(run: Run) -> None:
 
 
 def test_plan_json_follows_the_contract_and_replays(run: Run) -> None:
-    ran = run("plan", "-m", "shapes", "--json", "--steps", "3")
+    ran = run("plan", "-m", "shapes", "--json", "--steps", "3", "--num-images", "2", "--guidance", "1")
     assert ran.code == 0
     plan = json.loads(ran.out)
     assert {"schema_version", "profile", "model", "workload", "stages", "predicted"} <= plan.keys()
@@ -195,6 +197,7 @@ def test_plan_json_follows_the_contract_and_replays(run: Run) -> None:
     done = run("generate", "-p", PROMPT, "--plan", "plan.json", "-s", "1", "-o", "a.png")
     assert done.code == 0, done
     assert Image.open("a.png").text["steps"] == "3"
+    assert Image.open("a_2.png").text["guidance_scale"] == "1"
     mismatch = run("generate", "-p", PROMPT, "--plan", "plan.json", "--steps", "4")
     _fails(mismatch, 2, "steps", "3", "4")
     chosen = run("generate", "-p", PROMPT, "--plan", "plan.json", "--dtype", "fp32")
@@ -274,6 +277,23 @@ def test_prompt_file_gives_one_picture_a_line(run: Run) -> None:
     ran = run("generate", "-q", "--prompt-file", "prompts.txt", "--steps", "1", "-s", "0", "-o", "{index}_{model}.png")
     assert ran.code == 0, ran
     assert sorted(path.name for path in Path.cwd().glob("*.png")) == ["0_shapes.png", "1_shapes.png"]
+
+
+def test_pictures_are_saved_as_they_are_decoded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowmem_flux2.runtime.decode import Decoder
+
+    decode, calls = Decoder.decode, []
+
+    def fails_at_the_second(self: Decoder, latents: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return decode(self, latents)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Decoder, "decode", fails_at_the_second)
+    ran = run("generate", "-p", PROMPT, "--steps", "1", "-s", "3", "--num-images", "2")
+    assert ran.code == 130
+    assert [path.name for path in Path.cwd().glob("*.png")] == ["out_3.png"]
 
 
 def test_interruption_exits_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

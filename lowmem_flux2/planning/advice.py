@@ -11,6 +11,7 @@ from lowmem_flux2.errors import DoesNotFit, UsageError
 from lowmem_flux2.planning.configs import spec_from_configs
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
+from lowmem_flux2.planning.plan import Limits
 from lowmem_flux2.planning.planner import make_plan
 from lowmem_flux2.planning.selection import Selection, limits_of, with_ram_for
 from lowmem_flux2.planning.sources import MODEL_NAMES, shipped_configs
@@ -90,6 +91,7 @@ def closest_fits(
     selection: Selection,
     profile: str,
     *,
+    most: Limits | None = None,
     support: Support = SUPPORTED,
 ) -> tuple[str, ...]:
     """Up to three commands that would fit, the smallest change first, each another plan; never empty while any fits.
@@ -98,11 +100,12 @@ def closest_fits(
 
     Args:
         profile: what ``--profile`` was given; ``auto`` means that the hardware is this machine's and cannot grow.
+        most: what is free here, where the job is to run here: no larger cap is offered.
     """
     found: list[str] = []
     later: list[str] = []
     seen = set()
-    for change in _changes(_Change(model, workload, hardware, _whole_mib(selection)), profile):
+    for change in _changes(_Change(model, workload, hardware, _whole_mib(selection)), profile, most):
         with suppress(DoesNotFit, UsageError):
             plan = make_plan(
                 change.model, change.workload, change.hardware, change.selection, profile=profile, support=support
@@ -122,7 +125,7 @@ def closest_fits(
     return tuple([*found, *later][:MOST])
 
 
-def _changes(asked: _Change, profile: str) -> Iterator[_Change]:
+def _changes(asked: _Change, profile: str, most: Limits | None) -> Iterator[_Change]:
     """One change at a time, the fixed choices freed; then each of them at the smallest size."""
     freed = replace(
         asked.selection,
@@ -136,7 +139,7 @@ def _changes(asked: _Change, profile: str) -> Iterator[_Change]:
     if freed != asked.selection:
         yield free
     yield from _sizes(free)
-    yield from _budgets(free, profile)
+    yield from _budgets(free, profile, most)
     models = [free.with_model(name) for name in MODEL_NAMES if name != EMBEDDED]
     others = [other for other in models if _smaller(other, free)]
     yield from others
@@ -144,7 +147,7 @@ def _changes(asked: _Change, profile: str) -> Iterator[_Change]:
         least = one.smaller(SIDES_PX[-1])
         if one is not free:
             yield least
-        yield from _budgets(least, profile)
+        yield from _budgets(least, profile, most)
 
 
 def _smaller(other: _Change, one: _Change) -> bool:
@@ -157,14 +160,18 @@ def _sizes(one: _Change) -> Iterator[_Change]:
             yield one.smaller(side)
 
 
-def _budgets(one: _Change, profile: str) -> Iterator[_Change]:
+def _budgets(one: _Change, profile: str, most: Limits | None) -> Iterator[_Change]:
     """Higher caps: RAM beyond the card's typical machine, but nothing that the machine does not have."""
     limits = limits_of(one.hardware, one.selection)
     own_ram = limits_of(one.hardware, replace(one.selection, max_ram_bytes=None)).ram_bytes
+    if most is not None:
+        own_ram = min(own_ram, most.ram_bytes)
     for gib in RAM_SIZES_GIB:
-        if limits.ram_bytes < gib * GIB and (profile != DETECTED or gib * GIB <= own_ram):
+        if limits.ram_bytes < gib * GIB and ((profile != DETECTED and most is None) or gib * GIB <= own_ram):
             yield one.with_ram(gib * GIB) if profile != DETECTED else _capped(one, gib * GIB)
     own_vram = limits_of(one.hardware, replace(one.selection, max_vram_bytes=None)).vram_bytes
+    if most is not None:
+        own_vram = min(own_vram, most.vram_bytes)
     for gib in VRAM_SIZES_GIB:
         if limits.vram_bytes < gib * GIB <= own_vram:
             yield one.with_vram(gib * GIB)

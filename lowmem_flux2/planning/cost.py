@@ -328,6 +328,7 @@ def _assemble(stage: StagePlan, sizes: Sequence[int], hardware: Hardware, load: 
         run_s=run_s,
         time_s=load_s + run_s,
         waiting_s=load.rounds * load.waiting_s,
+        first_read_s=min(load_s + run_s, (loaded + at[Placement.DISK]) / hardware.disk_read_bytes_per_s),
         fidelity_error=fmt.weight_error,
         fidelity_provenance=fmt.provenance,
         on_host=on_host,

@@ -310,14 +310,6 @@ def available_ram_bytes() -> int:
     return max(min([psutil.virtual_memory().available, *left]), 0)
 
 
-def free_vram_bytes(device: str = "auto", cards: Sequence[NvmlCard] | None = None) -> int | None:
-    """Memory of the card that ``device`` means which this process could hold now; None where NVML sees no such card."""
-    if cards is None:
-        cards = visible_cards(read_nvml(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    index = int(device.partition(":")[2] or 0)
-    return cards[index].free_bytes + cards[index].own_bytes if index < len(cards) else None
-
-
 def pinnable_limit_bytes(ram_bytes: int, lock_limit_bytes: int | None, *, root: bool) -> int:
     """RAM that may be page-locked: half of it, or RLIMIT_MEMLOCK where someone raised that on purpose and it is less.
 

@@ -5,17 +5,19 @@ The command line's ``plan`` and ``generate`` and the Python ``Engine`` all pass 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowmem_flux2.errors import DoesNotFit, UsageError
 from lowmem_flux2.planning.advice import closest_fits
-from lowmem_flux2.planning.detect import available_ram_bytes, detect, free_vram_bytes
+from lowmem_flux2.planning.detect import NvmlCard, available_ram_bytes, detect, read_nvml, visible_cards
 from lowmem_flux2.planning.hardware import Hardware, load_profile
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.planner import make_plan
 from lowmem_flux2.planning.replay import check_replay
-from lowmem_flux2.planning.selection import Selection, with_ram_for
+from lowmem_flux2.planning.selection import Selection, limits_of, with_ram_for
 from lowmem_flux2.planning.sources import ModelSource
 from lowmem_flux2.planning.support import SUPPORTED, Support
 from lowmem_flux2.planning.workload import Request, workload_of
@@ -82,7 +84,9 @@ def plan_job(
         DoesNotFit: with the commands that would fit.
     """
     workload = workload_of(request, source.spec)
+    most = None
     if running:
+        most = limits_of(machine.hardware, _within_reach(Selection(), machine))
         selection = _within_reach(selection, machine)
     try:
         return make_plan(
@@ -95,8 +99,18 @@ def plan_job(
             support=support,
         )
     except DoesNotFit as error:
-        closest = closest_fits(source.spec, workload, machine.hardware, selection, machine.argument, support=support)
+        closest = closest_fits(
+            source.spec, workload, machine.hardware, selection, machine.argument, most=most, support=support
+        )
         raise DoesNotFit(error.stage, error.resource, error.needed_bytes, error.available_bytes, closest) from None
+
+
+def free_vram_bytes(device: str, cards: Sequence[NvmlCard] | None = None) -> int | None:
+    """Memory of the card that ``device`` means which this process could hold now; None where NVML sees no such card."""
+    if cards is None:
+        cards = visible_cards(read_nvml(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    index = int(device.partition(":")[2] or 0)
+    return cards[index].free_bytes + cards[index].own_bytes if index < len(cards) else None
 
 
 def _within_reach(selection: Selection, machine: Machine) -> Selection:

@@ -43,7 +43,8 @@ class StageCost:
     ``host_bytes`` counts everything resident in RAM that is not pinned: Python and libraries, the pageable arena, what
     loading passes through, the stage's results, and on ``device=cpu`` the resident weights, slots and activations too.
     ``activation_bytes`` includes the format's transient, and the conditioning weights where they need more than what
-    comes after them. ``time_s`` is ``load_s + run_s``; ``waiting_s`` is the part of ``run_s`` that computes nothing.
+    comes after them. ``time_s`` is ``load_s + run_s``; ``waiting_s`` is the part of ``run_s`` that computes nothing;
+    ``first_read_s`` the part of ``time_s`` in which each weight is read from a cold disk for the first time.
     """
 
     resident_bytes: int = 0
@@ -59,9 +60,15 @@ class StageCost:
     run_s: float = 0.0
     time_s: float = 0.0
     waiting_s: float = 0.0
+    first_read_s: float = 0.0
     fidelity_error: float = 0.0
     fidelity_provenance: str = ""
     on_host: bool = False
+
+    @property
+    def steady_s(self) -> float:
+        """Time without the first read, which is once a start, and for a warm page cache nothing."""
+        return self.time_s - self.first_read_s
 
     @property
     def peak_vram_bytes(self) -> int:

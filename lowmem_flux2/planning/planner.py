@@ -5,7 +5,7 @@ Stages never hold weights at the same time (staged residency), so each is chosen
 far below that peak has no reason to give up anything.
 
     quality   least fidelity error, untiled, then fastest
-    balanced  the same, while the run is at most TIME_SLACK longer than the fastest one that fits
+    balanced  the same, while the run, first read of the weights apart, is at most TIME_SLACK longer than the fastest
     speed     fastest, then least copying and reading, then least fidelity error
     memory    least peak VRAM, then least peak RAM of the run, then as quality
 """
@@ -39,7 +39,7 @@ class Objective:
     """Orders the plans of a stage: the least ``key`` is the best.
 
     Args:
-        time_limit_s: for ``balanced``: a plan that takes longer comes after all that do not.
+        time_limit_s: for ``balanced``: a plan that takes longer, first read apart, comes after all that do not.
         vram_floor_bytes, ram_floor_bytes: for ``memory``: the run needs these anyway, so lower peaks win nothing.
     """
 
@@ -68,7 +68,7 @@ class Objective:
             return (vram, max(cost.peak_ram_bytes, self.ram_floor_bytes), *faithful)
         if self.prefer == "quality":
             return faithful
-        return (cost.time_s > self.time_limit_s, *faithful)
+        return (cost.steady_s > self.time_limit_s, *faithful)
 
 
 def make_plan(
@@ -136,13 +136,13 @@ def _choose(
         min(stage.cost.peak_ram_bytes for stage in stages if stage.cost.peak_vram_bytes <= vram_floor)
         for stages in fitting.values()
     )
-    fastest_s = {name: min(stage.cost.time_s for stage in stages) for name, stages in fitting.items()}
+    fastest_s = {name: min(stage.cost.steady_s for stage in stages) for name, stages in fitting.items()}
     slack_s = TIME_SLACK * sum(fastest_s.values())
     chosen: dict[Stage, StagePlan] = {}
     for name in sorted(fitting, key=lambda stage: stage != "denoise"):
         objective = Objective(prefer, hardware, fastest_s[name] + slack_s, vram_floor, ram_floor)
         chosen[name] = min(fitting[name], key=objective.key)
-        slack_s -= chosen[name].cost.time_s - fastest_s[name]
+        slack_s -= chosen[name].cost.steady_s - fastest_s[name]
     return chosen
 
 

@@ -1,7 +1,7 @@
 """Replaying a plan file: nothing in it is believed that the model, the request or the machine can tell.
 
-A plan may have been written by hand, by another version, or on another machine. What contradicts the job is refused; what
-follows from the placements (costs, and what this version cannot carry out) is worked out again.
+A plan may have been written by hand, by another version, or on another machine. What contradicts the job is refused;
+what follows from the placements (costs, and what this version cannot carry out) is worked out again.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def check_replay(
 def _faults(stage: StagePlan, plan: Plan, spec: ModelSpec) -> Iterator[tuple[str, object, str]]:
     """(key, value, what it must be) of each field that this model or the executor rules out."""
     name, work = stage.stage, plan.workload
-    blocks = {"encode": spec.text_encoder.layers_used, "denoise": spec.transformer.num_blocks, "decode": 0}[name]
+    dims = spec.transformer
+    blocks = {"encode": spec.text_encoder.layers_used, "denoise": dims.num_double + dims.num_single, "decode": 0}[name]
     most = {"encode": work.num_prompts, "denoise": work.num_images, "decode": 1}[name]
     depth = max(stage.slots - 1, 0)
     tiled = name == "decode" and stage.tile_px % TILE_STEP_PX == 0 and 0 <= stage.tile_px <= TILE_MOST_PX
@@ -92,7 +93,8 @@ def _faults(stage: StagePlan, plan: Plan, spec: ModelSpec) -> Iterator[tuple[str
         yield "non_block_placement", stage.non_block_placement, f"this stage has them in {NON_BLOCK_OF[name]}"
     if not 1 <= stage.batch_size <= most:
         yield "batch_size", stage.batch_size, f"1 to {most}"
-    if not (1 if stage.streamed else 0) <= stage.slots <= max(blocks, 1):
+    # Without a streamed block slots have no size.
+    if stage.slots < 0 or (stage.streamed and not 1 <= stage.slots <= max(blocks, 1)):
         yield "slots", stage.slots, f"{stage.streamed} of {blocks} blocks are streamed, each through a slot"
     if stage.prefetch_depth != depth:
         yield "prefetch_depth", stage.prefetch_depth, f"{depth}, one less than the slots"

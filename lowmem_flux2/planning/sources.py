@@ -64,7 +64,8 @@ class ModelSource:
     Attributes:
         name: what plans and reports call the model.
         kind: shipped with the package, a folder of the user's, or on the hub.
-        folder: diffusers folder whose weights and tokenizer are all there and match the spec; None where only configs are known.
+        folder: diffusers folder whose weights and tokenizer are all there and match the spec; None where only
+            configs are known.
         repo_id: hub id of a hub model.
         revision: hub revision asked for; None is the default branch.
         spec: built from the configs in ``folder``, or from the shipped or downloaded ones.

@@ -23,7 +23,7 @@ from lowmem_flux2.planning.ladder import next_rung
 from lowmem_flux2.planning.plan import Plan, Stage
 from lowmem_flux2.planning.planner import Selection, StreamFrom
 from lowmem_flux2.planning.sources import ModelSource, resolve_model
-from lowmem_flux2.planning.workload import Preference, Request, image_seeds, make_request, workload_of
+from lowmem_flux2.planning.workload import Preference, Request, image_seeds, make_request
 from lowmem_flux2.report import ImageRecord, Report
 from lowmem_flux2.runtime.cache import cache_folder
 from lowmem_flux2.runtime.denoise import Generators, StepCallback
@@ -265,8 +265,7 @@ class Engine:
         )
         check_inputs(self._source.spec, request, inputs)
         if plan is not None:
-            spec = self._source.spec
-            check_replay(plan, spec.name, workload_of(request, spec), self._machine.hardware, "the given plan")
+            plan = replay(plan, self._source, self._machine, request, "the given plan", self._selection)
         return self.run(request, plan or self.plan(request), inputs, seeds, output_type)
 
     def run(
@@ -347,6 +346,12 @@ class Engine:
             outcome.pictures, output_type=output_type
         )
         return images
+
+
+def to_pil(picture: torch.Tensor) -> Image:
+    """One decoded picture (1, 3, height, width) as diffusers' image processor converts it."""
+    image: Image = Flux2ImageProcessor().postprocess(picture, output_type="pil")[0]
+    return image
 
 
 def versions() -> dict[str, str]:

@@ -83,6 +83,8 @@ class Inputs:
     sigmas: Sequence[float] | None = None
     callback: StepCallback | None = None
     result: Wanted = "pictures"
+    on_picture: Callable[[int, torch.Tensor], None] | None = None
+    """Told of each picture (1, 3, height, width) as soon as it is decoded, so that a later failure loses none."""
 
 
 def check_inputs(model: ModelSpec, request: Request, inputs: Inputs) -> None:
@@ -230,6 +232,8 @@ class Executor:
                 if inputs.result == "pictures":
                     for index in range(len(pictures), len(latents)):
                         pictures.append(decoder.decode(latents[index : index + 1]))
+                        if inputs.on_picture is not None:
+                            inputs.on_picture(index, pictures[index])
                         self._observer.advanced()
 
         self._climb("decode", request.num_images, attempt)

@@ -1,22 +1,28 @@
-"""Models, machines and workloads that the planning tests share. No torch."""
+"""Models, machines, workloads and support that the planning tests share. No torch."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 from lowmem_flux2.planning.configs import spec_from_configs
+from lowmem_flux2.planning.formats import PLAIN_FORMATS
 from lowmem_flux2.planning.hardware import Hardware, load_profile
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.planner import make_plan
 from lowmem_flux2.planning.selection import Selection, with_ram_for
 from lowmem_flux2.planning.sources import shipped_configs
-from lowmem_flux2.planning.support import SUPPORTED, Support
+from lowmem_flux2.planning.support import EVERYTHING, Support
 from lowmem_flux2.planning.workload import Workload, make_request, workload_of
 from lowmem_flux2.units import GIB
 
 DEV, KLEIN_4B, KLEIN_9B = MODELS = ("flux2-dev", "flux2-klein-4b", "flux2-klein-9b")
 KLEIN_BASE = "flux2-klein-base-4b"
+SUPPORTED = replace(EVERYTHING, chunk_tokens=False)
+"""This version with every library: what is planned here must not depend on what is installed."""
+UNQUANTIZED = replace(SUPPORTED, weight_formats=frozenset(PLAIN_FORMATS))
+"""A version that runs no quantized format."""
 
 
 @cache

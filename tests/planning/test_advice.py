@@ -125,3 +125,11 @@ def test_where_nothing_at_all_would_fit_nothing_is_offered() -> None:
     crumb = Selection(max_vram_bytes=MIB, max_ram_bytes=MIB)
     nothing = replace(hardware, vram_bytes=hardware.vram_reserve_bytes + 1, ram_bytes=1 << 30)
     assert closest_fits(model, workload, nothing, crumb, "auto") == ()
+
+
+@pytest.mark.parametrize(("model", "profile", "flags"), CASES)
+def test_no_two_commands_give_the_same_plan(model: str, profile: str, flags: str) -> None:
+    with pytest.raises(DoesNotFit) as caught:
+        planned(f"lowmem-flux2 plan -m {model} --profile {profile} {flags}")
+    plans = [planned(command) for command in caught.value.closest]
+    assert len({plan.digest for plan in plans}) == len(plans)

@@ -32,11 +32,11 @@ def test_sizes_are_whole_multiples_of_the_alignment(name: str) -> None:
     assert fmt.plain_bytes(1) == ALIGNMENT_BYTES
 
 
-def test_transients_follow_the_measured_multiples_of_the_bf16_weight() -> None:
+def test_transients_are_what_expanding_the_largest_weight_allocates() -> None:
     block = spec(DEV).transformer.single_block
-    weight = 2 * block.largest_linear_weights
-    for name, multiple in (("bf16", 0), ("int8", 1.5), ("fp8", 1.5), ("int4", 2.3)):
-        assert FORMATS[name].transient_bytes(block) == pytest.approx(multiple * weight, rel=1e-3)
+    weights = block.largest_linear_weights
+    for name, per_weight in (("bf16", 0), ("int8", 2), ("fp8", 2), ("nf4", 2.1), ("int4", 2.5)):
+        assert FORMATS[name].transient_bytes(block) == pytest.approx(per_weight * weights, rel=1e-3)
 
 
 def test_smaller_formats_are_less_faithful_and_every_error_says_where_it_is_from() -> None:

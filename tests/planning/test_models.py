@@ -96,6 +96,7 @@ def test_tiny_transformer_counts(
         "num_single_layers": num_single,
         "num_attention_heads": heads,
         "attention_head_dim": head_dim,
+        "axes_dims_rope": [head_dim // 4] * 4,
         "mlp_ratio": ratio,
         "guidance_embeds": guided,
         "patch_size": patch,
@@ -342,3 +343,10 @@ def test_import_is_light() -> None:
         "print([m for m in ('torch', 'diffusers', 'transformers', 'huggingface_hub', 'pydantic') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_rope_axes_must_fill_the_head() -> None:
+    configs = shipped_configs("flux2-dev")
+    configs["transformer"] = {**configs["transformer"], "axes_dims_rope": [32, 32, 32]}
+    with pytest.raises(CheckpointBroken, match=r"axes_dims_rope' \[32, 32, 32\] sums to 96.*'attention_head_dim' 128"):
+        spec_from_configs("dev", "dev", configs)

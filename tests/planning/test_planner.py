@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machines import DEV, KLEIN_4B, KLEIN_9B, KLEIN_BASE, MODELS, machine, plan_for, spec, work
+from machines import (
+    DEV,
+    KLEIN_4B,
+    KLEIN_9B,
+    KLEIN_BASE,
+    MODELS,
+    SUPPORTED,
+    UNQUANTIZED,
+    machine,
+    plan_for,
+    spec,
+    work,
+)
 
 from lowmem_flux2.errors import DoesNotFit, UsageError
 from lowmem_flux2.planning.candidates import Job, fits
-from lowmem_flux2.planning.cost import stage_cost
+from lowmem_flux2.planning.cost import block_sizes, stage_cost
+from lowmem_flux2.planning.formats import PLAIN_FORMATS
 from lowmem_flux2.planning.hardware import Hardware, list_profiles
 from lowmem_flux2.planning.plan import STAGES, Limits, Placement, Plan, Stage, StagePlan
-from lowmem_flux2.planning.planner import TIME_SLACK, Objective, limits_of, make_plan
+from lowmem_flux2.planning.planner import TIME_SLACK, Objective, limits_of
+from lowmem_flux2.planning.planner import make_plan as plan_with_support
 from lowmem_flux2.planning.selection import Selection, with_ram_for
-from lowmem_flux2.planning.support import EVERYTHING, SUPPORTED, Support
+from lowmem_flux2.planning.support import EVERYTHING, Support
 from lowmem_flux2.planning.workload import Preference, Workload
 from lowmem_flux2.units import GIB, MIB
 
 PREFERENCES: tuple[Preference, ...] = get_args(Preference)
+make_plan = partial(plan_with_support, support=SUPPORTED)
 SMALL_AND_LARGE = ("rtx-2060-6gb", "rtx-3060-12gb", "rtx-4090-24gb", "h100-80gb", "cpu")
 
 
@@ -95,7 +111,9 @@ def test_one_pass_over_the_text_encoder_loads_nothing_that_it_could_stream() -> 
 # ------------------------------------------------------------------------------------------------- preferences
 
 
-@pytest.mark.parametrize("support", [SUPPORTED, EVERYTHING], ids=["this version", "everything"])
+@pytest.mark.parametrize(
+    "support", [UNQUANTIZED, SUPPORTED, EVERYTHING], ids=["unquantized", "this version", "everything"]
+)
 @pytest.mark.parametrize("profile", SMALL_AND_LARGE)
 @pytest.mark.parametrize("name", [DEV, KLEIN_BASE])
 def test_each_preference_has_the_best_candidate(name: str, profile: str, support: Support) -> None:
@@ -105,7 +123,7 @@ def test_each_preference_has_the_best_candidate(name: str, profile: str, support
         for prefer in PREFERENCES
     }
     found = {stage: candidates(name, workload, hardware, Selection(), stage, support) for stage in STAGES}
-    fastest_s = sum(min(candidate.cost.time_s for candidate in found[stage]) for stage in STAGES)
+    fastest_s = sum(min(candidate.cost.steady_s for candidate in found[stage]) for stage in STAGES)
     for stage in STAGES:
         for prefer in ("speed", "quality"):
             key = Objective(prefer, hardware).key
@@ -116,7 +134,8 @@ def test_each_preference_has_the_best_candidate(name: str, profile: str, support
     assert plans["memory"].peak_vram_bytes == min(plan.peak_vram_bytes for plan in plans.values())
     if hardware.device == "cpu":
         assert plans["memory"].peak_ram_bytes == min(plan.peak_ram_bytes for plan in plans.values())
-    assert plans["balanced"].time_s <= (1 + TIME_SLACK) * fastest_s + 1e-6
+    steady_s = sum(stage.cost.steady_s for stage in plans["balanced"].stages)
+    assert steady_s <= (1 + TIME_SLACK) * fastest_s + 1e-6
     assert plans["balanced"].fidelity_error <= plans["speed"].fidelity_error
 
 
@@ -140,7 +159,15 @@ CARDS = st.sampled_from(["rtx-2060-6gb", "rtx-3060-12gb", "rtx-4060-ti-16gb", "r
 def rates(plan: Plan, hardware: Hardware, prefer: Preference) -> list[tuple[float, ...]]:
     """Each stage by the plan's own objective, footprints (its last resort among equals) apart."""
     key = Objective(prefer, hardware).key
-    return [key(stage)[:2] if prefer == "speed" else key(stage)[:3] for stage in plan.stages]
+    return [key(stage)[:1] if prefer == "speed" else key(stage)[:3] for stage in plan.stages]
+
+
+def no_worse(before: tuple[float, ...], after: tuple[float, ...], tolerance: float) -> bool:
+    """The first number that differs by more than the tolerance decides, as in the objective itself."""
+    for was, now in zip(before, after, strict=True):
+        if abs(now - was) > tolerance * was:
+            return now < was
+    return True
 
 
 @settings(deadline=None, max_examples=40)
@@ -169,7 +196,7 @@ def test_more_vram_never_gives_a_worse_plan(
     large = at(tenths_gib + more)
     if not small.not_executable:
         for worse, better in zip(rates(small, hardware, prefer), rates(large, hardware, prefer), strict=True):
-            assert all(after <= before * (1 + VRAM_TOLERANCE) for before, after in zip(worse, better, strict=True))
+            assert no_worse(worse, better, VRAM_TOLERANCE)
 
 
 VRAM_TOLERANCE = 0.005
@@ -202,11 +229,9 @@ def test_more_ram_never_gives_a_plan_worse_by_more_than_the_tolerance(
     except DoesNotFit:
         return
     large = at(tenths_gib + more)
-    objective = Objective(prefer, machine(profile))
-    for worse, better in zip(small.stages, large.stages, strict=True):
-        assert better.cost.fidelity_error <= worse.cost.fidelity_error
-        if better.tile_px == worse.tile_px:
-            assert objective.effort_us(better) <= (1 + RAM_TOLERANCE) * objective.effort_us(worse)
+    hardware = machine(profile)
+    for worse, better in zip(rates(small, hardware, prefer), rates(large, hardware, prefer), strict=True):
+        assert no_worse(worse, better, RAM_TOLERANCE)
 
 
 # ------------------------------------------------------------------------------------------------ forced flags
@@ -217,19 +242,45 @@ def test_an_unquantized_weight_format_is_honoured_with_its_compute_dtype(name: s
     for selection in (Selection(weight_format=name), Selection(text_weight_format=name), Selection(dtype=name)):
         plan = plan_for(KLEIN_4B, "rtx-4090-24gb", 64, selection=selection)
         assert {stage.compute_dtype for stage in plan.stages} == {name}
-        assert {stage.weight_format for stage in plan.stages} == {name}
+        asked = {"encode": selection.text_weight_format, "denoise": selection.weight_format, "decode": name}
+        assert all(stage.weight_format == name for stage in plan.stages if asked[stage.stage] == name)
+        assert {stage.weight_format for stage in plan.stages} & set(PLAIN_FORMATS) == {name}
+        assert plan.not_executable == ()
+        plain = plan_for(KLEIN_4B, "rtx-4090-24gb", 64, selection=selection, support=UNQUANTIZED)
+        assert {stage.weight_format for stage in plain.stages} == {name}
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "nf4", "int4"])
+def test_a_quantized_weight_format_is_honoured_and_runs_with_its_library(name: str) -> None:
+    for selection, stage in (
+        (Selection(weight_format=name), "denoise"),
+        (Selection(text_weight_format=name), "encode"),
+    ):
+        plan = plan_for(KLEIN_4B, "rtx-4090-24gb", 64, selection=selection)
+        assert plan.stage(stage).weight_format == name
         assert plan.not_executable == ()
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8", "nf4", "int4"])
-def test_a_quantized_weight_format_is_honoured_and_named_as_not_executable(name: str) -> None:
-    plan = plan_for(KLEIN_4B, "rtx-4090-24gb", 64, selection=Selection(weight_format=name))
+def test_a_quantized_weight_format_is_honoured_and_named_where_it_cannot_run(name: str) -> None:
+    remedy = " (needs bitsandbytes, which is not installed: pip install 'lowmem-flux2[cuda]')" if name == "nf4" else ""
+    selection = Selection(weight_format=name)
+    plan = plan_for(KLEIN_4B, "rtx-4090-24gb", 64, selection=selection, support=UNQUANTIZED)
     assert plan.stage("denoise").weight_format == name
     assert plan.stage("encode").weight_format == "bf16"
-    assert f"transformer weights in {name}" in plan.not_executable
-    plan = plan_for(KLEIN_4B, "rtx-4090-24gb", 64, selection=Selection(text_weight_format=name))
+    assert f"transformer weights in {name}{remedy}" in plan.not_executable
+    selection = Selection(text_weight_format=name)
+    plan = plan_for(KLEIN_4B, "rtx-4090-24gb", 64, selection=selection, support=UNQUANTIZED)
     assert plan.stage("encode").weight_format == name
-    assert plan.not_executable == (f"text_encoder weights in {name}",)
+    assert plan.not_executable == (f"text_encoder weights in {name}{remedy}",)
+
+
+def test_a_format_is_planned_only_where_its_library_is() -> None:
+    without = replace(SUPPORTED, weight_formats=SUPPORTED.weight_formats - {"nf4"})
+    for prefer in PREFERENCES:
+        plan = plan_for(DEV, "h100-80gb", 32, selection=Selection(prefer=prefer), support=without)
+        assert all(stage.weight_format != "nf4" for stage in plan.stages)
+        assert plan.not_executable == ()
 
 
 @pytest.mark.parametrize("placement", ["pinned", "pageable", "disk"])
@@ -370,11 +421,13 @@ def test_not_executable_is_filled_exactly_where_support_lacks_something() -> Non
 
 
 def test_only_the_stage_that_does_not_fit_falls_back_to_a_later_version() -> None:
-    plan = plan_for(DEV, "rtx-2060-6gb", selection=Selection(max_vram_bytes=3400 * MIB))
+    selection = Selection(max_vram_bytes=3400 * MIB)
+    plan = plan_for(DEV, "rtx-2060-6gb", selection=selection, support=UNQUANTIZED)
     assert plan.not_executable
-    assert SUPPORTED.missing(plan.stage("denoise"))
-    assert not SUPPORTED.missing(plan.stage("encode"))
-    assert set(plan.not_executable) == set(SUPPORTED.missing(plan.stage("denoise")))
+    assert UNQUANTIZED.missing(plan.stage("denoise"))
+    assert not UNQUANTIZED.missing(plan.stage("encode"))
+    assert set(plan.not_executable) == set(UNQUANTIZED.missing(plan.stage("denoise")))
+    assert plan_for(DEV, "rtx-2060-6gb", selection=selection).not_executable == ()
 
 
 def test_step_caches_and_chunks_that_are_missing_are_named() -> None:
@@ -388,3 +441,48 @@ def test_a_model_with_a_single_block_is_planned_on_any_machine() -> None:
     for profile in SMALL_AND_LARGE:
         plan = make_plan(tiny, work(KLEIN_4B, 512), machine(profile), Selection(prefer="memory"), profile=profile)
         assert len(plan.stage("denoise").block_placements) == 1
+
+
+# ------------------------------------------------------------------------------------------------ from the reviews
+
+
+def test_speed_is_the_fastest_plan_that_fits() -> None:
+    for name, profile in ((DEV, "rtx-3060-12gb"), (KLEIN_9B, "rtx-2060-6gb"), (KLEIN_4B, "rtx-4090-24gb")):
+        selection, hardware = Selection(prefer="speed"), machine(profile)
+        plan = plan_for(name, profile, selection=selection)
+        for stage in STAGES:
+            fitting = candidates(name, work(name), hardware, selection, stage, SUPPORTED)
+            assert plan.stage(stage).cost.time_s == pytest.approx(min(c.cost.time_s for c in fitting), abs=2e-6)
+
+
+def test_ram_that_only_loading_without_an_arena_would_need_is_filled() -> None:
+    plan = plan_for(DEV, "rtx-3060-12gb", 32, selection=Selection(weight_format="bf16"))
+    denoise = plan.stage("denoise")
+    left = [
+        size
+        for size, at in zip(block_sizes(denoise, spec(DEV)), denoise.block_placements, strict=True)
+        if at is Placement.DISK
+    ]
+    assert left
+    assert denoise.cost.peak_ram_bytes + min(left) > plan.limits.ram_bytes
+    assert denoise.count(Placement.PINNED) + denoise.count(Placement.PAGEABLE) >= 24
+
+
+def test_the_largest_shortfall_is_reported_whichever_stage_it_is_in() -> None:
+    selection = Selection(max_vram_bytes=650 * MIB, vae_tile="off")
+    with pytest.raises(DoesNotFit) as caught:
+        plan_for(KLEIN_4B, "rtx-3060-12gb", px=2048, selection=selection)
+    hardware, error = machine("rtx-3060-12gb"), caught.value
+    limits = limits_of(hardware, selection)
+    least = {
+        stage: min(
+            c.cost.peak_vram_bytes
+            for c in Job(spec(KLEIN_4B), work(KLEIN_4B, 2048), hardware, selection, limits, EVERYTHING).candidates(
+                stage
+            )
+        )
+        for stage in STAGES
+    }
+    assert error.stage == max(STAGES, key=lambda stage: least[stage]) == "decode"
+    assert least["encode"] > limits.vram_bytes
+    assert error.needed_bytes == least["decode"]

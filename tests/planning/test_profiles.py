@@ -286,3 +286,14 @@ def test_profile_by_path(tmp_path: Path) -> None:
     path.write_text(SHIPPED)
     assert load_profile(str(path)) == load_profile("rtx-3060-12gb")
     assert path.read_text() == SHIPPED
+
+
+def test_a_file_named_like_a_profile_does_not_shadow_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rtx-3060-12gb").write_text("not a profile")
+    found = read_profile("rtx-3060-12gb")
+    assert found.path == profiles_dir() / "rtx-3060-12gb.toml"
+    with pytest.raises(ProfileError, match="not TOML"):
+        read_profile("./rtx-3060-12gb")
+    Path("mine.toml").write_text(SHIPPED)
+    assert read_profile("mine.toml").path == Path("mine.toml")

@@ -98,6 +98,37 @@ def test_local_folder_in_part(tmp_path: Path, tiny_klein: Path) -> None:
     assert resolve_model("./model").folder is None
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [None, b"", b'{"model": {', b"version https://git-lfs", b"\xff\xfe", b"[]"])
+def test_a_folder_without_a_usable_tokenizer(
+    tmp_path: Path, empty_cache: Path, tiny_klein: Path, file: str, content: bytes | None
+) -> None:
+    for folder in (tmp_path / "model", cached(empty_cache, REPO, tiny_klein)):
+        if folder.name == "model":
+            shutil.copytree(tiny_klein, folder)
+        path = folder / "tokenizer" / file
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+    if content is None:
+        with pytest.raises(CheckpointMissing, match=rf"tokenizer/{file} is missing") as caught:
+            resolve_model("./model")
+        assert caught.value.exit_code == 4
+        assert resolve_model("flux2-klein-4b").folder is None
+        shutil.rmtree(tmp_path / "model" / "tokenizer")
+        with pytest.raises(CheckpointMissing, match=r"tokenizer/tokenizer\.json is missing"):
+            resolve_model("./model")
+    else:
+        for model in ("./model", "flux2-klein-4b"):
+            with pytest.raises(CheckpointBroken, match=rf"tokenizer/{file} "):
+                resolve_model(model)
+
+
+def test_the_embedded_model_is_complete() -> None:
+    found = resolve_model("shapes", offline=True)
+    assert found.folder == sources.ASSETS / "shapes"
+
+
 def test_weights_of_another_model(tmp_path: Path, tiny_klein: Path) -> None:
     folder = shutil.copytree(tiny_klein, tmp_path / "model")
     config = json.loads((folder / "transformer/config.json").read_text())

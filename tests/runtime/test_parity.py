@@ -129,7 +129,7 @@ PLACEMENTS = {**{placement.value: (placement,) for placement in Placement}, "mix
 def placed(stage: StagePlan, name: str) -> StagePlan:
     """The stage with its blocks placed in turn as `PLACEMENTS` says, and two slots."""
     blocks = len(stage.block_placements)
-    return replace(stage, block_placements=(PLACEMENTS[name] * blocks)[:blocks], slots=2)
+    return replace(stage, block_placements=(PLACEMENTS[name] * blocks)[:blocks], slots=2, prefetch_depth=1)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

@@ -37,7 +37,8 @@ asked = dict(height=64, width=64, num_inference_steps=3, guidance_scale=4.0, max
 
 def placed(engine):
     plan = engine.plan(engine.request("a red circle", **asked))
-    stages = [replace(stage, block_placements=(Placement(placement),) * len(stage.block_placements), slots=2)
+    stages = [replace(stage, block_placements=(Placement(placement),) * len(stage.block_placements),
+                      slots=2, prefetch_depth=1)
               for stage in plan.stages]
     return replace(plan, stages=tuple(stages))
 

@@ -30,9 +30,15 @@ from lowmem_flux2.runtime.quantize import STORED
 from lowmem_flux2.runtime.store import PreparedStore, block_path, entry_of, find
 
 MIB = 1 << 20
-ASKED: dict[str, Any] = dict(
-    height=64, width=64, num_inference_steps=2, guidance_scale=4.0, max_sequence_length=64, seed=0, output_type="latent"
-)
+ASKED: dict[str, Any] = {
+    "height": 64,
+    "width": 64,
+    "num_inference_steps": 2,
+    "guidance_scale": 4.0,
+    "max_sequence_length": 64,
+    "seed": 0,
+    "output_type": "latent",
+}
 FORMS = ("dev", "klein", "shapes")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="starts processes that share what is imported")
 
@@ -413,7 +419,7 @@ def test_preparing_holds_a_block_and_not_the_model(tiny_klein: Path, tmp_path: P
     from accelerate import init_empty_weights
     from diffusers import Flux2Transformer2DModel
 
-    shape = dict(num_layers=2, num_single_layers=5, num_attention_heads=8, joint_attention_dim=96)
+    shape = {"num_layers": 2, "num_single_layers": 5, "num_attention_heads": 8, "joint_attention_dim": 96}
     with init_empty_weights():
         net = Flux2Transformer2DModel(in_channels=32, attention_head_dim=128, guidance_embeds=False, **shape)
     folder = tmp_path / "large" / "transformer"
