@@ -7,7 +7,6 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -17,7 +16,6 @@ from rich.table import Table
 
 from lowmem_flux2 import options as opt
 from lowmem_flux2.arguments import (
-    Asked,
     Wanted,
     check_nothing_is_chosen,
     read_prompts,
@@ -28,16 +26,14 @@ from lowmem_flux2.arguments import (
 from lowmem_flux2.errors import Interrupted, LowMemFlux2Error, NotExecutable, RunError, UsageError
 from lowmem_flux2.planning.hardware import Profile, check_profile, list_profiles, read_profile
 from lowmem_flux2.planning.job import plan_job, replay, resolve_machine
-from lowmem_flux2.planning.plan import Plan, read_plan
+from lowmem_flux2.planning.plan import read_plan
 from lowmem_flux2.planning.sources import EMBEDDED, resolve_model
 from lowmem_flux2.planning.workload import image_seeds
 from lowmem_flux2.units import format_bytes
 from lowmem_flux2.version import __version__
 
 if TYPE_CHECKING:
-    import torch
-
-    from lowmem_flux2.runtime.picture import OutputPattern
+    pass
 
 app = typer.Typer(
     name="lowmem-flux2",
@@ -51,16 +47,6 @@ profiles_app = typer.Typer(no_args_is_help=True, help="Hardware profiles: list, 
 app.add_typer(profiles_app, name="profiles")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """What only a run needs to know: the device, and where weights may come from."""
-
-    device: str
-    offline: bool
-    cache_dir: Path | None
-    may_prepare: bool
 
 
 @app.command()
@@ -157,8 +143,11 @@ def generate(
             "no plan that this version can carry out fits; the one above needs: " + "; ".join(made.not_executable)
         )
     with _interruptible():
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels when it is imported
+        from lowmem_flux2.generating import Running, carry_out
+
         running = Running(device, offline, cache_dir, not no_prepare)
-        _run(asked, made, running, pattern, seeds, report, metadata=not no_metadata, quiet=quiet)
+        carry_out(asked, made, running, pattern, seeds, report, metadata=not no_metadata, quiet=quiet, out=out, err=err)
 
 
 @contextmanager
@@ -170,55 +159,6 @@ def _interruptible() -> Iterator[None]:
         raise Interrupted("interrupted") from None
     except (OSError, MemoryError) as error:
         raise RunError(f"failed while running: {error or type(error).__name__}") from error
-
-
-def _run(
-    asked: Asked,
-    made: Plan,
-    running: Running,
-    pattern: OutputPattern,
-    seeds: list[int],
-    report_file: Path | None,
-    *,
-    metadata: bool,
-    quiet: bool,
-) -> None:
-    """Carry the plan out, save each picture when it is decoded, print the report."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels at each import
-    from lowmem_flux2.console import ConsoleObserver
-    from lowmem_flux2.report import ImageRecord, write_report
-    from lowmem_flux2.runtime.engine import Engine, to_pil, versions
-    from lowmem_flux2.runtime.executor import Inputs
-    from lowmem_flux2.runtime.picture import describe, save_png
-
-    request = asked.request
-    with ConsoleObserver(err, quiet) as observer:
-        engine = Engine.of(
-            asked.source,
-            asked.machine,
-            asked.selection,
-            device=running.device,
-            offline=running.offline,
-            cache_dir=running.cache_dir,
-            may_prepare=running.may_prepare,
-            observer=observer,
-        )
-        saved: list[ImageRecord] = []
-
-        def save(index: int, picture: torch.Tensor) -> None:
-            prompt = request.prompts[index // request.num_images_per_prompt]
-            record = ImageRecord(None, seeds[index], prompt)
-            texts = describe(request, made, record, versions()) if metadata else {}
-            path = save_png(to_pil(picture), pattern.path(seed=seeds[index], index=index, model=made.model), texts)
-            saved.append(ImageRecord(str(path), seeds[index], prompt))
-            out.print(f"{path}   seed {seeds[index]}", soft_wrap=True)
-
-        result = engine.run(request, made, Inputs(on_picture=save), seeds)
-    report = replace(result.report, images=tuple(saved))
-    if not quiet:
-        out.print(report.table())
-    if report_file is not None:
-        write_report(report, report_file)
 
 
 @app.command()
