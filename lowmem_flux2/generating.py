@@ -55,10 +55,10 @@ def carry_out(
         )
         saved: list[ImageRecord] = []
 
-        def save(index: int, picture: torch.Tensor) -> None:
+        def save(index: int, picture: torch.Tensor, carried_out: Plan) -> None:
             prompt = request.prompts[index // request.num_images_per_prompt]
             record = ImageRecord(None, seeds[index], prompt)
-            texts = describe(request, made, record, versions()) if metadata else {}
+            texts = describe(request, carried_out, record, versions()) if metadata else {}
             path = save_png(to_pil(picture), pattern.path(seed=seeds[index], index=index, model=made.model), texts)
             saved.append(ImageRecord(str(path), seeds[index], prompt))
             out.print(f"{path}   seed {seeds[index]}", soft_wrap=True)

@@ -16,7 +16,7 @@ import torch
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL.Image import Image
 
-from lowmem_flux2.errors import CheckpointMissing, UsageError
+from lowmem_flux2.errors import CheckpointMissing, NotExecutable, UsageError
 from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.job import AUTO, Machine, plan_job, replay, resolve_machine
 from lowmem_flux2.planning.ladder import next_rung
@@ -68,7 +68,8 @@ class Engine:
         vae_tile: ``auto``, ``off`` or a side in pixels.
         step_cache: ``auto`` or ``off``.
         batch_size: images denoised together; 0 lets the planner choose.
-        max_vram, max_ram: hard caps, in bytes or as text (``"8GiB"``).
+        max_vram, max_ram: caps, in bytes or as text (``"8GiB"``); CUDA's allocator enforces the first, the second binds
+            the plan only.
         revision: hub revision.
         offline: never touch the network.
         cache_dir: where prepared weights are kept; else LOWMEM_FLUX2_CACHE, else the platform's cache folder.
@@ -277,7 +278,12 @@ class Engine:
         output_type: OutputType = "pil",
     ) -> Generation:
         """Carry a plan out for a request that is already checked. Images with a seed get a generator of their own."""
-        torch_device(self._device)  # before a download of many gigabytes
+        # Before a download of many gigabytes, or the preparing of what cannot run.
+        torch_device(self._device)
+        if plan.not_executable:
+            raise NotExecutable(
+                "this plan needs what this version cannot carry out yet: " + "; ".join(plan.not_executable)
+            )
         self._source = with_weights(self._source, offline=self._offline)
         folder, form = self._source.folder, self._source.spec.form
         assert folder is not None
@@ -312,7 +318,7 @@ class Engine:
                     raise CheckpointMissing(
                         f"{stage.component} in {stage.weight_format} is not prepared, and --no-prepare was given; run: "
                         f"lowmem-flux2 prepare -m {self._source.spec.source} --component {stage.component} "
-                        f"--weight-format {stage.weight_format} --dtype {stage.compute_dtype}"
+                        f"--weight-format {stage.weight_format} --dtype {stage.compute_dtype} --cache-dir {self._cache}"
                     )
                 found = self._prepare(*asked)
             stores[stage.component] = found

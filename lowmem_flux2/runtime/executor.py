@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from lowmem_flux2.errors import NotExecutable, RunError, UsageError
+from lowmem_flux2.errors import RunError, UsageError
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Placement, Plan, Stage, StagePlan
 from lowmem_flux2.planning.workload import Request, guidance_passes
@@ -83,8 +83,9 @@ class Inputs:
     sigmas: Sequence[float] | None = None
     callback: StepCallback | None = None
     result: Wanted = "pictures"
-    on_picture: Callable[[int, torch.Tensor], None] | None = None
-    """Told of each picture (1, 3, height, width) as soon as it is decoded, so that a later failure loses none."""
+    on_picture: Callable[[int, torch.Tensor, Plan], None] | None = None
+    """Told of each picture (1, 3, height, width) as soon as it is decoded, so that a later failure loses none, with the
+    plan that made it: the ladder may have taken smaller tiles."""
 
 
 def check_inputs(model: ModelSpec, request: Request, inputs: Inputs) -> None:
@@ -128,10 +129,6 @@ class Executor:
         stores: Mapping[str, PreparedStore],
         replan: Callable[[Plan, Stage], Plan | None],
     ) -> None:
-        if plan.not_executable:
-            raise NotExecutable(
-                "this plan needs what this version cannot carry out yet: " + "; ".join(plan.not_executable)
-            )
         self._plan = plan
         self._model = model
         self._folder = folder
@@ -233,7 +230,7 @@ class Executor:
                     for index in range(len(pictures), len(latents)):
                         pictures.append(decoder.decode(latents[index : index + 1]))
                         if inputs.on_picture is not None:
-                            inputs.on_picture(index, pictures[index])
+                            inputs.on_picture(index, pictures[index], self._plan)
                         self._observer.advanced()
 
         self._climb("decode", request.num_images, attempt)

@@ -70,7 +70,6 @@ class BlockStreamer:
         if self._streamed and slots < 1:
             raise ValueError("streamed blocks need at least one slot")
         self._worker = ThreadPoolExecutor(1, "block-reader")
-        self.pinned_bytes = 0
         largest = max((self._layouts[index].total_bytes for index in self._streamed), default=0)
         self._slots = [allocate(largest, device) for _ in range(min(slots, len(self._streamed)))]
         self._transport = _CudaTransport(device) if device.type == "cuda" else _HostTransport()
@@ -145,7 +144,6 @@ class BlockStreamer:
         failure = register_pinned(span, self._device)
         if failure is None:
             self._registered.append(span)
-            self.pinned_bytes += size_bytes
         elif not self._has_warned:
             self._has_warned = True
             warn(

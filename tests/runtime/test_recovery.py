@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from lowmem_flux2 import Engine, Generation
 from lowmem_flux2.errors import RunError
@@ -114,6 +115,23 @@ def test_decode_falls_back_to_tiles_and_keeps_finished_pictures(
     assert result.images[1].shape == expected[1].shape
     assert "tiles of" in result.report.events[0]
     assert result.report.plan.stage("decode").tile_px > 0
+
+
+def test_a_picture_says_by_which_tiles_it_was_made(
+    tiny_klein: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lowmem_flux2 import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Decoder, "decode", Failing(Decoder.decode, 1).patched())
+    command = ["generate", "-q", "-m", str(tiny_klein), "-p", "x", "-W", "256", "-H", "256", "--steps", "1"]
+    monkeypatch.setattr("sys.argv", ["lowmem-flux2", *command, "--num-images", "2", "-s", "3"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 0
+    tiles = [Image.open(name).text["vae_tile"] for name in ("out_3.png", "out_4.png")]
+    assert tiles[0] == "off"
+    assert int(tiles[1]) > 0
 
 
 def test_the_last_rung_fails_with_a_remedy(tiny_klein: Path, monkeypatch: pytest.MonkeyPatch) -> None:
