@@ -8,22 +8,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from lowmem_flux2 import options as opt
-from lowmem_flux2.arguments import (
-    Wanted,
-    check_nothing_is_chosen,
-    read_prompts,
-    refuse_references,
-    resolve,
-    selection_of,
-)
+from lowmem_flux2.arguments import after, check_nothing_is_chosen, read_prompts, resolve, selection_of
 from lowmem_flux2.errors import Interrupted, LowMemFlux2Error, NotExecutable, RunError, UsageError
+from lowmem_flux2.flags import FitFlags, RequestFlags, flattened
 from lowmem_flux2.planning.hardware import Profile, check_profile, list_profiles, read_profile
 from lowmem_flux2.planning.job import plan_job, replay, resolve_machine
 from lowmem_flux2.planning.plan import read_plan
@@ -31,9 +25,6 @@ from lowmem_flux2.planning.sources import EMBEDDED, resolve_model
 from lowmem_flux2.planning.workload import image_seeds
 from lowmem_flux2.units import format_bytes
 from lowmem_flux2.version import __version__
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="lowmem-flux2",
@@ -50,33 +41,11 @@ err = Console(stderr=True, highlight=False)
 
 
 @app.command()
+@flattened
 def generate(
-    prompt: opt.Prompts = None,
-    prompt_file: opt.PromptFile = None,
-    model: opt.Model = None,
-    width: opt.Width = None,
-    height: opt.Height = None,
-    steps: opt.Steps = None,
-    guidance: opt.Guidance = None,
+    flags: RequestFlags,
+    fit: FitFlags,
     seed: opt.Seed = None,
-    num_images: opt.NumImages = None,
-    negative_prompt: opt.Negative = None,
-    max_sequence_length: opt.Length = None,
-    image: opt.References = None,
-    revision: opt.Revision = None,
-    offline: opt.Offline = False,
-    profile: opt.ProfileName = "auto",
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
-    max_vram: opt.MaxVram = None,
-    max_ram: opt.MaxRam = None,
-    weight_format: opt.WeightFormat = "auto",
-    text_weight_format: opt.TextFormat = "auto",
-    prefer: opt.Preferred = opt.Prefer.balanced,
-    placement: opt.PlacementName = opt.Placed.auto,
-    step_cache: opt.StepCache = "auto",
-    vae_tile: opt.VaeTile = "auto",
-    batch_size: opt.BatchSize = 0,
     plan: opt.PlanFile = None,
     output: opt.Output = "out_{seed}.png",
     report: opt.ReportFile = None,
@@ -94,7 +63,6 @@ def generate(
     from lowmem_flux2.planning.explain import explain
     from lowmem_flux2.runtime.picture import OutputPattern, check_writable
 
-    refuse_references(image)
     if allow_format_change:
         raise UsageError("--allow-format-change: this version does not re-plan while running; leave the flag out")
     pattern = OutputPattern(output)
@@ -102,36 +70,15 @@ def generate(
         if dry_run:
             raise UsageError("--report: --dry-run measures nothing; use 'plan --json'")
         check_writable("--report", report)
-    wanted = Wanted(
-        model,
-        read_prompts(prompt, prompt_file),
-        width,
-        height,
-        steps,
-        guidance,
-        num_images,
-        negative_prompt,
-        max_sequence_length,
-    )
-    selection = selection_of(
-        prefer=prefer,
-        weight_format=weight_format,
-        text_weight_format=text_weight_format,
-        dtype=dtype,
-        placement=placement,
-        vae_tile=vae_tile,
-        step_cache=step_cache,
-        batch_size=batch_size,
-        max_vram=max_vram,
-        max_ram=max_ram,
-    )
+    prompts = read_prompts(flags.prompt, flags.prompt_file)
+    selection = selection_of(fit)
     if plan is not None:
         replayed = read_plan(plan)
         check_nothing_is_chosen(selection)
-        asked = resolve(wanted.after(replayed), selection, profile, device, revision, offline)
+        asked = resolve(after(flags, replayed), fit, selection, prompts)
         made = replay(replayed, asked.source, asked.machine, asked.request, plan, selection)
     else:
-        asked = resolve(wanted, selection, profile, device, revision, offline)
+        asked = resolve(flags, fit, selection, prompts)
         made = plan_job(asked.source, asked.machine, asked.request, selection, running=True)
     seeds = image_seeds(seed, asked.request.num_images)
     if not quiet or dry_run:
@@ -146,7 +93,7 @@ def generate(
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels when it is imported
         from lowmem_flux2.generating import Running, carry_out
 
-        running = Running(device, offline, cache_dir, not no_prepare)
+        running = Running(fit.device, flags.offline, cache_dir, not no_prepare)
         carry_out(asked, made, running, pattern, seeds, report, metadata=not no_metadata, quiet=quiet, out=out, err=err)
 
 
@@ -162,55 +109,19 @@ def _interruptible() -> Iterator[None]:
 
 
 @app.command()
+@flattened
 def plan(
-    prompt: opt.Prompts = None,
-    prompt_file: opt.PromptFile = None,
-    model: opt.Model = None,
-    width: opt.Width = None,
-    height: opt.Height = None,
-    steps: opt.Steps = None,
-    guidance: opt.Guidance = None,
-    num_images: opt.NumImages = None,
-    negative_prompt: opt.Negative = None,
-    max_sequence_length: opt.Length = None,
-    image: opt.References = None,
-    revision: opt.Revision = None,
-    offline: opt.Offline = False,
-    profile: opt.ProfileName = "auto",
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
-    max_vram: opt.MaxVram = None,
-    max_ram: opt.MaxRam = None,
-    weight_format: opt.WeightFormat = "auto",
-    text_weight_format: opt.TextFormat = "auto",
-    prefer: opt.Preferred = opt.Prefer.balanced,
-    placement: opt.PlacementName = opt.Placed.auto,
-    step_cache: opt.StepCache = "auto",
-    vae_tile: opt.VaeTile = "auto",
-    batch_size: opt.BatchSize = 0,
+    flags: RequestFlags,
+    fit: FitFlags,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, to read or to replay.")] = False,
 ) -> None:
     """Say what would run, where, and what it would cost; loads nothing.
 
     lowmem-flux2 plan -m flux2-dev --profile rtx-3060-12gb --max-ram 32GiB
     """
-    refuse_references(image)
-    prompts = read_prompts(prompt, prompt_file) or ("(no prompt)",)
-    wanted = Wanted(model, prompts, width, height, steps, guidance, num_images, negative_prompt, max_sequence_length)
-    selection = selection_of(
-        prefer=prefer,
-        weight_format=weight_format,
-        text_weight_format=text_weight_format,
-        dtype=dtype,
-        placement=placement,
-        vae_tile=vae_tile,
-        step_cache=step_cache,
-        batch_size=batch_size,
-        max_vram=max_vram,
-        max_ram=max_ram,
-    )
-    asked = resolve(wanted, selection, profile, device, revision, offline)
-    made = plan_job(asked.source, asked.machine, asked.request, selection)
+    prompts = read_prompts(flags.prompt, flags.prompt_file)
+    asked = resolve(flags, fit, selection_of(fit), prompts, without_prompt="(no prompt)")
+    made = plan_job(asked.source, asked.machine, asked.request, asked.selection)
     if as_json:
         sys.stdout.write(json.dumps(made.to_json(), indent=2) + "\n")
         return

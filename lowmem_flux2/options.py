@@ -85,7 +85,7 @@ MaxRam = Annotated[str | None, typer.Option(help="Cap on our RAM: 24GiB.", rich_
 WeightFormat = Annotated[
     str,
     typer.Option(
-        help="Transformer weights: auto, bf16, fp16, fp32 (int8, fp8, nf4, int4: planned, not run yet).",
+        help="How the transformer's weights are stored: auto, bf16, fp16, fp32, int8, fp8, nf4 or int4.",
         rich_help_panel=FIT,
     ),
 ]

@@ -78,7 +78,6 @@ class _Group:
             attention_mask=self.masks[index],
             position_embeddings=self.rotary,
             position_ids=self.positions,
-            past_key_values=None,
             use_cache=False,
         )
 
@@ -171,22 +170,15 @@ class TextEncoder:
         return rows[places]
 
     def _masks(self, hidden: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> dict[str, Any]:
-        asked = {
-            "config": self._decoder.config,
-            "inputs_embeds": hidden,
-            "attention_mask": mask,
-            "past_key_values": None,
-            "position_ids": positions,
-        }
         config = self._decoder.config
         types = set(getattr(config, "layer_types", None) or ["full_attention"])
         masks: dict[str, Any] = {}
         if "sliding_attention" in types or (self._model.form == "dev" and config.sliding_window is not None):
-            masks["sliding_attention"] = create_sliding_window_causal_mask(**asked)
+            masks["sliding_attention"] = create_sliding_window_causal_mask(config, hidden, mask, None, positions)
         masks["full_attention"] = (
             masks["sliding_attention"]
             if self._model.form == "dev" and config.sliding_window is not None
-            else create_causal_mask(**asked)
+            else create_causal_mask(config, hidden, mask, None, positions)
         )
         return masks
 
