@@ -38,6 +38,7 @@ def torch_device(name: str) -> torch.device:
             "or use --device cpu"
         )
     if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)  # set_device and others refuse one without a number
         torch.cuda.set_device(device)
     return device
 

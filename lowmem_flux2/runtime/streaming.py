@@ -3,41 +3,61 @@
     arenas                       slots (device)              compute
     ┌ gpu: resident blocks ┐ ───────────────────────────────► used in place
     │ pinned / pageable    │ ─ copy k+1 while k computes ───► slot (k+1) mod n
-    └ disk: safetensors    ┘ ─ read into a ring, then copy ─► slot ...
+    └ disk: files, store   ┘ ─ read into a ring, then copy ─► slot ...
 
 A block's tensors lie in one span, each aligned to 256 bytes, so a block is one copy. Slots are allocated once; there
 is no allocation in the loop. On a GPU the host issues the copies of pinned blocks on one stream and never waits for
 them: the compute stream waits for the copy's event, and the copy stream for the event after the slot's last use.
 Pageable and disk blocks are brought by a worker thread, for which the host may have to wait. With ``device=cpu`` the
 same code runs, the worker thread in place of the copy stream.
+
+What is ordered, and by what:
+
+    a slot:          kernels done ─ freed event ─► copy ─ copied event ─► the next block's kernels
+    a ring entry:    copy done ─ copied event ─► read of the next block ─ same thread ─► its copy
+    worker to loop:  copied event recorded ─ future ─► compute stream waits for it
 """
 
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from lowmem_flux2.planning.plan import Placement
-from lowmem_flux2.runtime.device import register_pinned, synchronize, unregister_pinned
 from lowmem_flux2.runtime.layout import BlockSource, allocate, bind, unbind
+from lowmem_flux2.runtime.transport import Transport, transport_for
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """A device buffer for one streamed block, its ring entry where disk blocks are staged, and its two events."""
+
+    span: torch.Tensor
+    staging: torch.Tensor | None
+    copied: int
+    freed: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Use:
-    """One use of a streamed block: which, in which slot, and the future of its copy."""
+    """A streamed block that has been sent for: which, into which slot, and the worker's future where it brings it."""
 
     block: int
-    slot: int
-    issued: Future[None] | None
+    slot: _Slot
+    brought: Future[None] | None
 
 
 class BlockStreamer:
     """Hands out the blocks of one component in order, round after round, each with its weights in place.
+
+    A round that is given up (the consumer raised, or dropped the iterator) does not count: the next ``round`` begins
+    again at the first block.
 
     Args:
         blocks: modules on the meta device, in the order of use.
@@ -47,6 +67,7 @@ class BlockStreamer:
         slots: device buffers for streamed blocks; the prefetch depth is one less.
         rounds: how many times all blocks are used; nothing is prefetched beyond the last.
         warn: called with one line when pinning fails.
+        transport: copies, events and waits; None takes the device's own.
     """
 
     def __init__(
@@ -58,6 +79,7 @@ class BlockStreamer:
         slots: int,
         rounds: int,
         warn: Callable[[str], None] = warnings.warn,
+        transport: Transport | None = None,
     ) -> None:
         if not len(blocks) == len(sources) == len(placements):
             raise ValueError(f"{len(blocks)} blocks, {len(sources)} sources, {len(placements)} placements")
@@ -69,29 +91,45 @@ class BlockStreamer:
         self._streamed = [index for index, placed in enumerate(placements) if placed is not Placement.GPU]
         if self._streamed and slots < 1:
             raise ValueError("streamed blocks need at least one slot")
-        self._worker = ThreadPoolExecutor(1, "block-reader")
-        largest = max((self._layouts[index].total_bytes for index in self._streamed), default=0)
-        self._slots = [allocate(largest, device) for _ in range(min(slots, len(self._streamed)))]
-        self._transport = _CudaTransport(device) if device.type == "cuda" else _HostTransport()
+        self._warn = warn
+        self._has_warned = False
+        self._transport = transport_for(device) if transport is None else transport
+        self._worker = ThreadPoolExecutor(1, "block-reader", self._transport.enter_thread)
         self._spans: dict[int, torch.Tensor] = {}
         self._registered: list[torch.Tensor] = []
-        self._ring: list[torch.Tensor] = []
         self._inline: set[int] = set()
-        self._has_warned = False
-        self._last_use = rounds * len(self._streamed)
-        self._next_use = 0
-        self._uses: dict[int, _Use] = {}
+        self._slots: list[_Slot] = []
+        self._is_closed = False
+        self._round = 0  # the number of the round under way; an older iterator is out of date
+        self._rounds_left = rounds
+        self._uses: deque[_Use] = deque()
+        self._held: _Slot | None = None
+        self._issued = 0  # uses ever sent for; the next goes into slot issued mod n
+        self._origin = 0  # the use that was, or will be, a round's first block
+        self._limit = 0  # uses that may be sent for in all
         try:
-            if Placement.DISK in placements and device.type == "cuda":
-                self._ring = [self._host_span(largest, warn, pin=True)[0] for _ in self._slots]
-            self._load(warn)
+            self._slots = self._make_slots(min(slots, len(self._streamed)))
+            self._load()
         except BaseException:
             self.close()
             raise
 
     # ------------------------------------------------------------------------------------------------ loading
 
-    def _load(self, warn: Callable[[str], None]) -> None:
+    def _make_slots(self, count: int) -> list[_Slot]:
+        largest = max((self._layouts[index].total_bytes for index in self._streamed), default=0)
+        is_staged = Placement.DISK in self._placements and self._transport.is_asynchronous
+        made = []
+        for _ in range(count):
+            staging = self._host_span(largest, pin=True)[0] if is_staged else None
+            made.append(
+                _Slot(allocate(largest, self._device), staging, self._transport.event(), self._transport.event())
+            )
+        for slot in made:  # the allocator may have given it memory that kernels under way still use
+            self._transport.record_compute(slot.freed)
+        return made
+
+    def _load(self) -> None:
         """Read every block that rests in memory: resident ones to the device, the others into their host arena."""
         for placement in (Placement.GPU, Placement.PINNED, Placement.PAGEABLE):
             chosen = [index for index, placed in enumerate(self._placements) if placed is placement]
@@ -102,7 +140,7 @@ class BlockStreamer:
             if on_device:
                 arena = allocate(total, self._device)
             else:
-                arena, is_pinned = self._host_span(total, warn, pin=placement is Placement.PINNED)
+                arena, is_pinned = self._host_span(total, pin=placement is Placement.PINNED)
                 self._inline.update(chosen if is_pinned else ())
             offset = 0
             for index in chosen:
@@ -136,17 +174,17 @@ class BlockStreamer:
                 reading = self._worker.submit(read, number + 1)
             self._spans[index].copy_(ready)
 
-    def _host_span(self, size_bytes: int, warn: Callable[[str], None], pin: bool) -> tuple[torch.Tensor, bool]:
+    def _host_span(self, size_bytes: int, pin: bool) -> tuple[torch.Tensor, bool]:
         """Host memory, and whether it is pinned: registered, since pinned allocations are rounded to a power of two."""
         span = allocate(size_bytes, torch.device("cpu"))
-        if not pin or self._device.type != "cuda":
+        if not pin or not self._transport.is_asynchronous:
             return span, False
-        failure = register_pinned(span, self._device)
+        failure = self._transport.pin(span)
         if failure is None:
             self._registered.append(span)
         elif not self._has_warned:
             self._has_warned = True
-            warn(
+            self._warn(
                 f"could not pin {size_bytes >> 20} MiB ({failure}): copying from pageable memory instead, which is two "
                 "to three times slower; raise the memlock limit (ulimit -l)"
             )
@@ -155,114 +193,105 @@ class BlockStreamer:
     # ------------------------------------------------------------------------------------------------- a round
 
     def round(self) -> Iterator[nn.Module]:
-        """One pass over all blocks. Copies of the next round's first blocks are already under way when it ends."""
+        """One pass over all blocks. Copies of the next round's first blocks are already under way when it ends.
+
+        Kernels that use a block must be enqueued, on the stream that is current here, before the next one is asked for.
+
+        Raises:
+            ValueError: the streamer is closed, or another round was begun since.
+            CheckpointBroken: a block that rests on disk cannot be read.
+        """
+        self._begin()
+        number = self._round
         for index, block in enumerate(self._blocks):
             if self._placements[index] is Placement.GPU:
                 yield block
-                continue
-            use = self._await_copy(index)
-            bind(block, self._layouts[index], self._slots[use.slot])
-            yield block
-            self._transport.used(use.slot)
-            ahead = self._next_use + len(self._slots) - 1
-            if ahead < self._last_use:
-                self._issue(ahead)
+            else:
+                bind(block, self._layouts[index], self._take(index).span)
+                yield block
+            if self._is_closed or number != self._round:
+                raise ValueError("this round was given up: the streamer was closed, or another round begun")
+            self._release()
+            self._prefetch()
+        self._rounds_left = max(0, self._rounds_left - 1)
 
-    def _await_copy(self, index: int) -> _Use:
-        if self._next_use == 0 and not self._uses:
-            for number in range(min(len(self._slots), self._last_use)):
-                self._issue(number)
-        if self._next_use not in self._uses:  # a round more than was announced
-            self._issue(self._next_use)
-        use = self._uses.pop(self._next_use)
+    def _begin(self) -> None:
+        """Start a round; if the last one was given up in the middle, forget what it had sent for."""
+        if self._is_closed:
+            raise ValueError("the streamer is closed")
+        self._round += 1
+        self._release()
+        if not self._streamed:
+            return
+        taken = self._issued - len(self._uses)
+        if (taken - self._origin) % len(self._streamed):
+            # A copy that the worker still has to enqueue would land in its slot after that of a new use.
+            pending = [use.brought for use in self._uses if use.brought is not None and not use.brought.cancel()]
+            wait(pending)
+            self._uses.clear()
+            self._origin = taken = self._issued
+        self._limit = taken + max(1, self._rounds_left) * len(self._streamed)
+        self._prefetch()
+
+    def _prefetch(self) -> None:
+        """Send for blocks as long as slots are free and the announced rounds need them."""
+        while self._issued < self._limit and len(self._uses) + (self._held is not None) < len(self._slots):
+            index = self._streamed[(self._issued - self._origin) % len(self._streamed)]
+            slot = self._slots[self._issued % len(self._slots)]
+            self._issued += 1
+            brought = None
+            if index in self._inline:
+                self._copy(self._spans[index], slot)
+            else:
+                brought = self._worker.submit(self._bring, index, slot)
+            self._uses.append(_Use(index, slot, brought))
+
+    def _take(self, index: int) -> _Slot:
+        """The slot with a block in it, for kernels enqueued from now on."""
+        use = self._uses.popleft()
         assert use.block == index, f"block {index} asked for, block {use.block} was prefetched"
-        self._next_use += 1
-        if use.issued is not None:
-            use.issued.result()
-        self._transport.await_copy(use.slot)
-        return use
+        if use.brought is not None:
+            use.brought.result()
+        self._transport.compute_waits(use.slot.copied)
+        self._held = use.slot
+        return use.slot
 
-    def _issue(self, number: int) -> None:
-        index = self._streamed[number % len(self._streamed)]
-        slot = number % len(self._slots)
-        use = _Use(index, slot, None)
-        self._uses[number] = use
-        if index in self._inline:
-            self._transport.copy(self._spans[index], self._slots[slot], slot)
-        else:
-            use.issued = self._worker.submit(self._bring, index, slot)
+    def _release(self) -> None:
+        """The consumer is done with the block it holds: its slot is free after the kernels enqueued so far."""
+        if self._held is not None:
+            self._transport.record_compute(self._held.freed)
+            self._held = None
 
-    def _bring(self, index: int, slot: int) -> None:
+    def _copy(self, source: torch.Tensor, slot: _Slot) -> None:
+        self._transport.copy_waits(slot.freed)
+        self._transport.copy(source, slot.span[: source.numel()])
+        self._transport.record_copy(slot.copied)
+
+    def _bring(self, index: int, slot: _Slot) -> None:
         """On the worker thread: read (disk) or copy (host memory) one block into its slot."""
-        layout = self._layouts[index]
-        target = self._slots[slot]
+        size_bytes = self._layouts[index].total_bytes
         if self._placements[index] is not Placement.DISK:
-            self._transport.copy(self._spans[index], target, slot)
-        elif self._ring:
-            staged = self._ring[slot]
-            self._transport.await_copy_on_host(slot)  # the ring entry's previous copy, on this thread, not the loop's
-            self._sources[index].read_into(staged[: layout.total_bytes], direct=True)
-            self._transport.copy(staged[: layout.total_bytes], target, slot)
+            self._copy(self._spans[index], slot)
+        elif slot.staging is not None:
+            self._transport.host_waits(slot.copied)  # for the entry's last copy, on this thread, not the loop's
+            self._sources[index].read_into(slot.staging[:size_bytes], direct=True)
+            self._copy(slot.staging[:size_bytes], slot)
         else:
-            self._sources[index].read_into(target[: layout.total_bytes], direct=True)
+            self._sources[index].read_into(slot.span[:size_bytes], direct=True)
 
     def close(self) -> None:
         """Stop the worker and give every arena and slot back. The modules return to the meta device."""
+        self._is_closed = True
         self._worker.shutdown(wait=True, cancel_futures=True)
-        synchronize(self._device)
-        for span in self._registered:
-            unregister_pinned(span)
-        for block in self._blocks:
-            unbind(block)
-        self._registered.clear()
-        self._ring.clear()
-        self._slots.clear()
-        self._spans.clear()
-        self._uses.clear()
-
-
-class _HostTransport:
-    """``device=cpu``: copies happen on the worker thread, whose future is the event."""
-
-    def copy(self, source: torch.Tensor, slot_span: torch.Tensor, slot: int) -> None:
-        slot_span[: source.numel()].copy_(source)
-
-    def await_copy(self, slot: int) -> None:
-        return
-
-    def await_copy_on_host(self, slot: int) -> None:
-        return
-
-    def used(self, slot: int) -> None:
-        return
-
-
-class _CudaTransport:
-    """One copy stream; per slot one event after the copy and one after the block that used it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        # Slots may be memory that kernels under way still use.
-        self._stream.wait_stream(torch.cuda.current_stream(device))
-        self._copied: dict[int, torch.cuda.Event] = {}
-        self._used: dict[int, torch.cuda.Event] = {}
-
-    def copy(self, source: torch.Tensor, slot_span: torch.Tensor, slot: int) -> None:
-        with torch.cuda.stream(self._stream):
-            if slot in self._used:
-                self._stream.wait_event(self._used[slot])
-            slot_span[: source.numel()].copy_(source, non_blocking=True)
-            event = self._copied.setdefault(slot, torch.cuda.Event())
-            event.record(self._stream)
-
-    def await_copy(self, slot: int) -> None:
-        torch.cuda.current_stream(self._device).wait_event(self._copied[slot])
-
-    def await_copy_on_host(self, slot: int) -> None:
-        if slot in self._copied:
-            self._copied[slot].synchronize()
-
-    def used(self, slot: int) -> None:
-        event = self._used.setdefault(slot, torch.cuda.Event())
-        event.record(torch.cuda.current_stream(self._device))
+        try:
+            self._transport.synchronize()  # copies under way write to slots and read from arenas
+        finally:
+            for span in self._registered:
+                self._transport.unpin(span)
+            for block in self._blocks:
+                unbind(block)
+            self._registered.clear()
+            self._spans.clear()
+            self._uses.clear()
+            self._slots.clear()
+            self._held = None

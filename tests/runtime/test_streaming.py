@@ -119,12 +119,12 @@ def test_each_round_hands_out_each_block_with_its_weights(
 ) -> None:
     streamer = blocks.streamer(MIXTURES[mixture], slots, files)
     try:
-        addresses = [slot.data_ptr() for slot in streamer._slots]
+        addresses = [slot.span.data_ptr() for slot in streamer._slots]
         streamed = COUNT - MIXTURES[mixture].count(Placement.GPU)
         assert len(addresses) == min(slots, streamed)
         seen = check_rounds(blocks, streamer, rounds=3)
         assert seen <= set(addresses)  # every streamed block lay in a slot, and no slot was made anew
-        assert [slot.data_ptr() for slot in streamer._slots] == addresses
+        assert [slot.span.data_ptr() for slot in streamer._slots] == addresses
     finally:
         streamer.close()
 
