@@ -59,8 +59,12 @@ def _aligned(size_bytes: int) -> int:
 
 
 def allocate(size_bytes: int, device: torch.device) -> torch.Tensor:
-    """An uninitialised uint8 tensor whose first byte is aligned to 256 (torch's CPU allocator gives 64)."""
-    raw = torch.empty(size_bytes + ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
+    """An uninitialised uint8 tensor whose first byte is aligned to 256 (torch's CPU allocator gives 64).
+
+    Never an inference tensor: the worker, whose thread is not in the caller's inference mode, could not write to it.
+    """
+    with torch.inference_mode(False):
+        raw = torch.empty(size_bytes + ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
     skip = -raw.data_ptr() % ALIGNMENT_BYTES
     return raw[skip : skip + size_bytes]
 

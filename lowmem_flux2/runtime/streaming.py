@@ -23,7 +23,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -94,7 +94,7 @@ class BlockStreamer:
         self._warn = warn
         self._has_warned = False
         self._transport = transport_for(device) if transport is None else transport
-        self._worker = ThreadPoolExecutor(1, "block-reader", self._transport.enter_thread)
+        self._worker = self._transport.worker()
         self._spans: dict[int, torch.Tensor] = {}
         self._registered: list[torch.Tensor] = []
         self._inline: set[int] = set()
@@ -225,9 +225,9 @@ class BlockStreamer:
             return
         taken = self._issued - len(self._uses)
         if (taken - self._origin) % len(self._streamed):
-            # A copy that the worker still has to enqueue would land in its slot after that of a new use.
-            pending = [use.brought for use in self._uses if use.brought is not None and not use.brought.cancel()]
-            wait(pending)
+            for use in self._uses:
+                if use.brought is not None and not use.brought.cancel():
+                    use.brought.exception()  # wait: its copy would land in the slot after that of a new use
             self._uses.clear()
             self._origin = taken = self._issued
         self._limit = taken + max(1, self._rounds_left) * len(self._streamed)

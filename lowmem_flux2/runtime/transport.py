@@ -7,6 +7,7 @@ by overriding one method.
 
 from __future__ import annotations
 
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
@@ -29,8 +30,8 @@ class Transport(Protocol):
         """
         ...
 
-    def enter_thread(self) -> None:
-        """Called once on a new thread that will use the transport."""
+    def worker(self) -> Executor:
+        """One thread that does what it is given in order: reads, and copies for which its caller would have to wait."""
         ...
 
     def event(self) -> int:
@@ -81,8 +82,8 @@ class HostTransport:
 
     is_asynchronous = False
 
-    def enter_thread(self) -> None:
-        return
+    def worker(self) -> Executor:
+        return ThreadPoolExecutor(1, "block-reader")
 
     def event(self) -> int:
         return 0
@@ -125,9 +126,14 @@ class CudaTransport:
         self._copies = torch.cuda.Stream(device)
         self._events: list[torch.cuda.Event] = []
 
+    def worker(self) -> Executor:
+        return ThreadPoolExecutor(1, "block-reader", self.enter_thread)
+
     def enter_thread(self) -> None:
-        # The current device is each thread's own. Left at cuda:0, the thread would make a context there as soon as
-        # torch.cuda.stream() puts the old device back.
+        """On a new thread: the current device is each thread's own.
+
+        Left at cuda:0, the thread would make a context there as soon as ``torch.cuda.stream`` puts the old device back.
+        """
         torch.cuda.set_device(self._device)
 
     def event(self) -> int:
