@@ -12,9 +12,11 @@ from lowmem_flux2.arguments import Asked
 from lowmem_flux2.console import ConsoleObserver
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.report import ImageRecord, write_report
-from lowmem_flux2.runtime.engine import Engine, to_pil, versions
-from lowmem_flux2.runtime.executor import Inputs
+from lowmem_flux2.runtime.engine import Engine
+from lowmem_flux2.runtime.images import to_pil
+from lowmem_flux2.runtime.inputs import Inputs
 from lowmem_flux2.runtime.picture import OutputPattern, describe, save_png
+from lowmem_flux2.runtime.versions import versions
 
 
 @dataclass(frozen=True, slots=True)

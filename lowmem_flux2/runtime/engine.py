@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
-from PIL.Image import Image
 
 from lowmem_flux2.errors import CheckpointMissing, NotExecutable, UsageError
 from lowmem_flux2.planning.formats import FORMATS
@@ -29,13 +24,14 @@ from lowmem_flux2.runtime.cache import cache_folder
 from lowmem_flux2.runtime.denoise import Generators, StepCallback
 from lowmem_flux2.runtime.device import torch_device
 from lowmem_flux2.runtime.download import with_weights
-from lowmem_flux2.runtime.executor import Executor, Inputs, Observer, Outcome, Silent, check_inputs
+from lowmem_flux2.runtime.executor import Executor
+from lowmem_flux2.runtime.images import OutputType, images_of
+from lowmem_flux2.runtime.inputs import Inputs, check_inputs
+from lowmem_flux2.runtime.observer import Observer, Silent
 from lowmem_flux2.runtime.prepare import prepare
 from lowmem_flux2.runtime.store import PreparedStore, find
+from lowmem_flux2.runtime.versions import versions
 from lowmem_flux2.units import parse_bytes
-from lowmem_flux2.version import __version__
-
-OutputType = Literal["pil", "np", "pt", "latent"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +299,7 @@ class Engine:
         prompts = [text for text in request.prompts for _ in range(request.num_images_per_prompt)]
         records = tuple(ImageRecord(None, number, text) for number, text in zip(seeds, prompts, strict=True))
         report = Report(executor.plan, tuple(outcome.measures), tuple(outcome.events), records, versions())
-        return Generation(self._images(outcome, output_type), tuple(seeds), report)
+        return Generation(images_of(outcome, self._source.spec, output_type), tuple(seeds), report)
 
     def _stores(self, plan: Plan, folder: Path) -> dict[str, PreparedStore]:
         """The prepared store of each quantized component, made where it is missing."""
@@ -340,32 +336,6 @@ class Engine:
         )
         self._observer.stage_finished("prepare")
         return made
-
-    def _images(self, outcome: Outcome, output_type: OutputType) -> list[Image] | np.ndarray[Any, Any] | torch.Tensor:
-        if output_type == "latent":
-            found = outcome.packed_latents if self._source.spec.form == "dev" else outcome.vae_latents
-            assert found is not None
-            return found
-        assert outcome.pictures is not None
-        processor = Flux2ImageProcessor(vae_scale_factor=self._source.spec.size_multiple)
-        images: list[Image] | np.ndarray[Any, Any] | torch.Tensor = processor.postprocess(
-            outcome.pictures, output_type=output_type
-        )
-        return images
-
-
-def to_pil(picture: torch.Tensor) -> Image:
-    """One decoded picture (1, 3, height, width) as diffusers' image processor converts it."""
-    image: Image = Flux2ImageProcessor().postprocess(picture, output_type="pil")[0]
-    return image
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that decides pixels."""
-    found = {"lowmem_flux2": __version__, "python": platform.python_version()}
-    for name in ("torch", "diffusers", "transformers", "safetensors"):
-        found[name] = metadata.version(name)
-    return found
 
 
 def _device_name(device: str, machine: Machine) -> str:

@@ -7,54 +7,25 @@ refused before anything is loaded.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
 
 import torch
 
-from lowmem_flux2.errors import RunError, UsageError
+from lowmem_flux2.errors import RunError
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Placement, Plan, Stage, StagePlan
-from lowmem_flux2.planning.workload import Request, guidance_passes
+from lowmem_flux2.planning.workload import Request
 from lowmem_flux2.report import StageMeasure
 from lowmem_flux2.runtime.decode import Decoder
-from lowmem_flux2.runtime.denoise import Denoiser, Generators, Progress, StepCallback, initial_latents
+from lowmem_flux2.runtime.denoise import Denoiser, Progress, initial_latents
 from lowmem_flux2.runtime.device import cap_vram, measure, release_memory, synchronize, torch_device
 from lowmem_flux2.runtime.encode import TextEncoder
+from lowmem_flux2.runtime.inputs import Inputs
+from lowmem_flux2.runtime.observer import Observer
 from lowmem_flux2.runtime.store import PreparedStore
-
-Wanted = Literal["pictures", "vae_latents", "packed_latents"]
-
-
-class Observer(Protocol):
-    """Told what is going on; the command line draws progress bars from it. A stage is one of the plan's, or prepare."""
-
-    def stage_started(self, stage: str, total: int) -> None: ...
-
-    def advanced(self) -> None: ...
-
-    def stage_finished(self, stage: str) -> None: ...
-
-    def event(self, text: str) -> None: ...
-
-
-class Silent:
-    """The observer that ignores everything."""
-
-    def stage_started(self, stage: str, total: int) -> None:
-        return
-
-    def advanced(self) -> None:
-        return
-
-    def stage_finished(self, stage: str) -> None:
-        return
-
-    def event(self, text: str) -> None:
-        return
 
 
 @dataclass(slots=True)
@@ -66,51 +37,6 @@ class Outcome:
     pictures: torch.Tensor | None = None
     measures: list[StageMeasure] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """Tensors and hooks that a Python caller may hand over in place of what the stages would make.
-
-    Shapes as in diffusers: ``prompt_embeds`` and ``negative_prompt_embeds`` (prompts, tokens, joint_dim), ``latents``
-    (images, channels, height, width) noise.
-    """
-
-    generators: Generators = None
-    latents: torch.Tensor | None = None
-    prompt_embeds: torch.Tensor | None = None
-    negative_prompt_embeds: torch.Tensor | None = None
-    sigmas: Sequence[float] | None = None
-    callback: StepCallback | None = None
-    result: Wanted = "pictures"
-    on_picture: Callable[[int, torch.Tensor, Plan], None] | None = None
-    """Told of each picture (1, 3, height, width) as soon as it is decoded, so that a later failure loses none, with the
-    plan that made it: the ladder may have taken smaller tiles."""
-
-
-def check_inputs(model: ModelSpec, request: Request, inputs: Inputs) -> None:
-    """Compare what the caller hands over with the request, before anything is fetched or loaded.
-
-    Raises:
-        UsageError: a wrong number of generators or sigmas, or a wrong shape.
-    """
-    given = inputs.generators
-    if isinstance(given, Sequence) and len(given) != request.num_images:
-        raise UsageError(f"{len(given)} generators for {request.num_images} images: one each, or a single one")
-    if inputs.sigmas is not None and len(inputs.sigmas) != request.num_inference_steps:
-        raise UsageError(f"{len(inputs.sigmas)} sigmas for {request.num_inference_steps} steps: give one a step")
-    multiple, channels = model.size_multiple, model.transformer.in_channels
-    shape = (request.num_images, channels, request.height // multiple, request.width // multiple)
-    if inputs.latents is not None and tuple(inputs.latents.shape) != shape:
-        raise UsageError(f"latents have the shape {tuple(inputs.latents.shape)}, this request needs {shape}")
-    if inputs.negative_prompt_embeds is not None and guidance_passes(model, request.guidance_scale) == 1:
-        raise UsageError(f"negative_prompt_embeds have no effect on {model.name} with this guidance; leave them out")
-    width = model.text_encoder.joint_dim
-    for name in ("prompt_embeds", "negative_prompt_embeds"):
-        embeds = getattr(inputs, name)
-        if embeds is not None and (embeds.ndim != 3 or embeds.shape[::2] != (len(request.prompts), width)):
-            needed = f"({len(request.prompts)}, tokens, {width})"
-            raise UsageError(f"{name} have the shape {tuple(embeds.shape)}, this request needs {needed}")
 
 
 class Executor:
