@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 import torch
 
@@ -31,6 +32,23 @@ _TORCH_DTYPES = {
 }
 CONVERT_BYTES = 16 << 20
 """Values are converted to another dtype in pieces of this size, so that a large tensor needs no second copy."""
+
+
+class Tensors(Protocol):
+    """The tensors of one component by name, from any thread: ``TensorFile``, or a stand-in that makes them up."""
+
+    @property
+    def folder(self) -> Path:
+        """What messages call the place they come from."""
+        ...
+
+    def names(self) -> Iterable[str]: ...
+
+    def read_into(self, name: str, destination: torch.Tensor, direct: bool = False) -> None: ...
+
+    def read_rows(self, name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
+
+    def close(self) -> None: ...
 
 
 class TensorFile:

@@ -15,7 +15,7 @@ from transformers.initialization import no_init_weights
 
 from lowmem_flux2.errors import CheckpointBroken
 from lowmem_flux2.planning.models import ModelSpec
-from lowmem_flux2.runtime.checkpoint import TensorFile
+from lowmem_flux2.runtime.checkpoint import Tensors
 from lowmem_flux2.runtime.layout import BlockSource, CheckpointBlock, layout_of
 from lowmem_flux2.runtime.quantize import convert
 
@@ -33,7 +33,7 @@ class Blocks:
             convert(module, weight_format, dtype)
         return self
 
-    def sources(self, files: TensorFile, dtype: torch.dtype) -> list[BlockSource]:
+    def sources(self, files: Tensors, dtype: torch.dtype) -> list[BlockSource]:
         """Each block straight from the checkpoint's files, unquantized."""
         return [
             CheckpointBlock(layout_of(module, prefix, dtype), files)
@@ -72,7 +72,7 @@ def text_decoder_on_meta(folder: Path, model: ModelSpec) -> Any:
     return decoder.eval()
 
 
-def text_decoder_root(files: TensorFile) -> str:
+def text_decoder_root(files: Tensors) -> str:
     """What precedes ``layers.0.`` in the stored names: releases of transformers nest the decoder differently."""
     ending = "layers.0.input_layernorm.weight"
     for name in files.names():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -11,22 +12,24 @@ from diffusers import AutoencoderKLFlux2, Flux2Pipeline
 from lowmem_flux2.errors import NonFiniteLatents
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import StagePlan
-from lowmem_flux2.runtime.checkpoint import TensorFile
 from lowmem_flux2.runtime.device import DTYPES
 from lowmem_flux2.runtime.layout import load_module, unbind
+from lowmem_flux2.runtime.weights import Weights
 
 
 class Decoder:
     """The VAE's decoder of one checkpoint. The encoder is never read."""
 
-    def __init__(self, folder: Path, model: ModelSpec, stage: StagePlan, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, model: ModelSpec, stage: StagePlan, device: torch.device, weights: Weights
+    ) -> None:
         self._device = device
         dtype = DTYPES[stage.compute_dtype]
         config = AutoencoderKLFlux2.load_config(folder / "vae")
         with init_empty_weights(include_buffers=False):
             self._vae = AutoencoderKLFlux2.from_config(config).eval()
         parts = ["decoder", "bn"] + (["post_quant_conv"] if self._vae.post_quant_conv is not None else [])
-        with TensorFile(folder / "vae") as files:
+        with closing(weights.open("vae")) as files:
             for name in parts:
                 load_module(self._vae.get_submodule(name), f"{name}.", files, dtype, device)
         if stage.tile_px:

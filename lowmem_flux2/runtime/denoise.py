@@ -22,12 +22,11 @@ from lowmem_flux2.errors import NonFiniteLatents, UsageError
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import StagePlan
 from lowmem_flux2.planning.workload import Request
-from lowmem_flux2.runtime.checkpoint import TensorFile
 from lowmem_flux2.runtime.components import transformer_blocks, transformer_on_meta
 from lowmem_flux2.runtime.device import DTYPES, release_memory
 from lowmem_flux2.runtime.layout import load_module, unbind
-from lowmem_flux2.runtime.store import PreparedStore
 from lowmem_flux2.runtime.streaming import BlockStreamer
+from lowmem_flux2.runtime.weights import Weights
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 StepCallback = Callable[[object, int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
@@ -109,7 +108,7 @@ class Denoiser:
         request: Request,
         device: torch.device,
         warn: Callable[[str], None],
-        store: PreparedStore | None = None,
+        weights: Weights,
     ) -> None:
         self._model = model
         self._stage = stage
@@ -117,11 +116,11 @@ class Denoiser:
         self._device = device
         self._dtype = DTYPES[stage.compute_dtype]
         self._warn = warn
-        self._store = store
+        self._weights = weights
         self._transformer = transformer_on_meta(folder / "transformer")
         self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
         self._streamer: BlockStreamer | None = None
-        self._files = TensorFile(folder / "transformer")  # last: nothing after it can fail and leave it open
+        self._files = weights.open("transformer")  # last: nothing after it can fail and leave it open
 
     @torch.no_grad()
     def denoise(
@@ -236,15 +235,8 @@ class Denoiser:
         net = self._transformer
         for name in EVERY_STEP:
             load_module(net.get_submodule(name), f"{name}.", self._files, self._dtype, self._device)
-        blocks = transformer_blocks(net)
-        self._streamer = BlockStreamer(
-            blocks=blocks.modules,
-            sources=self._store.sources(blocks) if self._store else blocks.sources(self._files, self._dtype),
-            placements=self._stage.block_placements,
-            device=self._device,
-            slots=self._stage.slots,
-            rounds=rounds,
-            warn=self._warn,
+        self._streamer = self._weights.streamer(
+            self._stage, transformer_blocks(net), self._files, self._device, rounds, self._warn
         )
 
     # --------------------------------------------------------------------------------------------------- steps

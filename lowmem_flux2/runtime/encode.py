@@ -21,12 +21,10 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from lowmem_flux2.errors import CheckpointBroken
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import StagePlan
-from lowmem_flux2.runtime.checkpoint import TensorFile
 from lowmem_flux2.runtime.components import text_decoder_blocks, text_decoder_on_meta, text_decoder_root
 from lowmem_flux2.runtime.device import DTYPES
 from lowmem_flux2.runtime.layout import load_module
-from lowmem_flux2.runtime.store import PreparedStore
-from lowmem_flux2.runtime.streaming import BlockStreamer
+from lowmem_flux2.runtime.weights import Weights
 
 
 def tokenize(
@@ -98,7 +96,7 @@ class TextEncoder:
         stage: StagePlan,
         device: torch.device,
         warn: Callable[[str], None],
-        store: PreparedStore | None = None,
+        weights: Weights,
         passes: int = 1,
     ) -> None:
         self._model = model
@@ -109,22 +107,14 @@ class TextEncoder:
         self._decoder = text_decoder_on_meta(folder / "text_encoder", model)
         self._decoder.rotary_emb.to(device)
         with ExitStack() as undo:
-            self._files = TensorFile(folder / "text_encoder")
+            self._files = weights.open("text_encoder")
             undo.callback(self._files.close)
             self._root = text_decoder_root(self._files)
             if model.text_encoder.num_layers == model.text_encoder.layers_used:
                 # transformers overwrites the last hidden state with the normed one: here the norm is part of the tap.
                 load_module(self._decoder.norm, f"{self._root}norm.", self._files, self._dtype, device)
             blocks = text_decoder_blocks(self._decoder, self._root)
-            self.streamer = BlockStreamer(
-                blocks=blocks.modules,
-                sources=store.sources(blocks) if store else blocks.sources(self._files, self._dtype),
-                placements=stage.block_placements,
-                device=device,
-                slots=stage.slots,
-                rounds=passes,
-                warn=warn,
-            )
+            self.streamer = weights.streamer(stage, blocks, self._files, device, passes, warn)
             undo.pop_all()
 
     @torch.no_grad()

@@ -31,6 +31,7 @@ from lowmem_flux2.runtime.observer import Observer, Silent
 from lowmem_flux2.runtime.prepare import prepare
 from lowmem_flux2.runtime.store import PreparedStore, find
 from lowmem_flux2.runtime.versions import versions
+from lowmem_flux2.runtime.weights import CheckpointWeights
 from lowmem_flux2.units import parse_bytes
 
 
@@ -293,8 +294,8 @@ class Engine:
         def replan(current: Plan, stage: Stage) -> Plan | None:
             return next_rung(current, stage, self._source.spec)
 
-        stores = self._stores(plan, folder)
-        executor = Executor(plan, self._source.spec, folder, self._device, self._observer, stores, replan)
+        weights = CheckpointWeights(folder, self._stores(plan, folder))
+        executor = Executor(plan, self._source.spec, folder, self._device, self._observer, weights, replan)
         outcome = executor.run(request, inputs)
         prompts = [text for text in request.prompts for _ in range(request.num_images_per_prompt)]
         records = tuple(ImageRecord(None, number, text) for number, text in zip(seeds, prompts, strict=True))

@@ -7,7 +7,7 @@ refused before anything is loaded.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from lowmem_flux2.runtime.device import cap_vram, measure, release_memory, synch
 from lowmem_flux2.runtime.encode import TextEncoder
 from lowmem_flux2.runtime.inputs import Inputs
 from lowmem_flux2.runtime.observer import Observer
-from lowmem_flux2.runtime.store import PreparedStore
+from lowmem_flux2.runtime.weights import Weights
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class Outcome:
 
 
 class Executor:
-    """One plan, one request, one model folder, and a prepared store for each component that the plan quantizes.
+    """One plan, one request, the folder with a model's configs and tokenizer, and where its weights come from.
 
     ``replan`` gives the plan with a stage's next lower peak, None on the last rung: the ladder's only policy.
     """
@@ -52,7 +52,7 @@ class Executor:
         folder: Path,
         device_name: str,
         observer: Observer,
-        stores: Mapping[str, PreparedStore],
+        weights: Weights,
         replan: Callable[[Plan, Stage], Plan | None],
     ) -> None:
         self._plan = plan
@@ -60,7 +60,7 @@ class Executor:
         self._folder = folder
         self._device = torch_device(device_name)
         self._observer = observer
-        self._stores = stores
+        self._weights = weights
         self._replan = replan
         self._outcome = Outcome()
 
@@ -96,9 +96,8 @@ class Executor:
             made: list[list[torch.Tensor]] = []
 
             def attempt(stage: StagePlan, loaded: Callable[[], None]) -> None:
-                store = self._stores.get(stage.component)
                 passes = len(chunks) - len(made)
-                arguments = (self._folder, self._model, stage, self._device, self._event, store, passes)
+                arguments = (self._folder, self._model, stage, self._device, self._event, self._weights, passes)
                 with closing(TextEncoder(*arguments)) as encoder:
                     loaded()
                     for chunk in chunks[len(made) :]:
@@ -125,8 +124,7 @@ class Executor:
         progress = Progress()
 
         def attempt(stage: StagePlan, loaded: Callable[[], None]) -> None:
-            store = self._stores.get(stage.component)
-            arguments = (self._folder, self._model, stage, request, self._device, self._event, store)
+            arguments = (self._folder, self._model, stage, request, self._device, self._event, self._weights)
             with closing(Denoiser(*arguments)) as denoiser:
                 denoiser.denoise(
                     noise,
@@ -148,7 +146,7 @@ class Executor:
         pictures: list[torch.Tensor] = []
 
         def attempt(stage: StagePlan, loaded: Callable[[], None]) -> None:
-            with closing(Decoder(self._folder, self._model, stage, self._device)) as decoder:
+            with closing(Decoder(self._folder, self._model, stage, self._device, self._weights)) as decoder:
                 loaded()
                 latents = decoder.unpack(packed, request.height // multiple, request.width // multiple)
                 self._outcome.vae_latents = latents.to("cpu")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lowmem_flux2.planning.formats import ALIGNMENT_BYTES
-from lowmem_flux2.runtime.checkpoint import TensorFile
+from lowmem_flux2.runtime.checkpoint import Tensors
 from lowmem_flux2.runtime.quantize import StoredLinear
 
 
@@ -102,7 +102,7 @@ class CheckpointBlock:
     """A block read from its safetensors files, unquantized."""
 
     layout: Layout
-    files: TensorFile
+    files: Tensors
 
     def read_into(self, span: torch.Tensor, direct: bool = False) -> None:
         for place in self.layout.places:
@@ -110,7 +110,7 @@ class CheckpointBlock:
 
 
 def load_module(
-    module: nn.Module, prefix: str, files: TensorFile, dtype: torch.dtype, device: torch.device
+    module: nn.Module, prefix: str, files: Tensors, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """Load a whole module that is not streamed; return its span on the device."""
     layout = layout_of(module, prefix, dtype)

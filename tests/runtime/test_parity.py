@@ -15,6 +15,7 @@ import torch
 from lowmem_flux2 import Engine
 from lowmem_flux2.planning.plan import Placement, Plan, StagePlan
 from lowmem_flux2.runtime.encode import TextEncoder
+from lowmem_flux2.runtime.weights import CheckpointWeights
 
 Stock = Callable[[str, str], Any]
 FORMS = ["dev", "klein", "distilled"]
@@ -226,7 +227,7 @@ def cut_embeddings(
     engine = Engine(str(folder), dtype=dtype)
     request = engine.request(groups[0], **SIZE, num_inference_steps=1, max_sequence_length=TEXT_TOKENS)
     stage = placed(engine.plan(request).stage("encode"), placement)
-    encoder = TextEncoder(folder, engine.source.spec, stage, torch.device("cpu"), warn)
+    encoder = TextEncoder(folder, engine.source.spec, stage, torch.device("cpu"), warn, CheckpointWeights(folder))
     try:
         return encoder.encode(groups, TEXT_TOKENS)
     finally:

@@ -1,0 +1,78 @@
+"""Where a run's weights come from, as the stages ask for it.
+
+``CheckpointWeights`` is what users run. Benchmarks and simulations of full-size models have no checkpoint: they hand
+the stages a ``Weights`` that makes tensors up, and everything else runs as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from lowmem_flux2.planning.models import Component
+from lowmem_flux2.planning.plan import StagePlan
+from lowmem_flux2.runtime.checkpoint import TensorFile, Tensors
+from lowmem_flux2.runtime.components import Blocks
+from lowmem_flux2.runtime.device import DTYPES
+from lowmem_flux2.runtime.store import PreparedStore
+from lowmem_flux2.runtime.streaming import BlockStreamer
+
+
+class Weights(Protocol):
+    """The weights of one model."""
+
+    def open(self, component: Component) -> Tensors:
+        """The component's own tensors, unquantized; the caller closes them."""
+        ...
+
+    def streamer(
+        self,
+        stage: StagePlan,
+        blocks: Blocks,
+        tensors: Tensors,
+        device: torch.device,
+        rounds: int,
+        warn: Callable[[str], None],
+    ) -> BlockStreamer:
+        """A streamer over the stage's blocks in its weight format, placed by its plan; the caller closes it.
+
+        Args:
+            blocks: on the meta device; their Linears are converted to the format in place.
+            tensors: what ``open`` gave, open as long as the streamer is.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointWeights:
+    """A diffusers folder, and the prepared store of each component that the plan quantizes."""
+
+    folder: Path
+    stores: Mapping[str, PreparedStore] = field(default_factory=dict)
+
+    def open(self, component: Component) -> TensorFile:
+        return TensorFile(self.folder / component)
+
+    def streamer(
+        self,
+        stage: StagePlan,
+        blocks: Blocks,
+        tensors: Tensors,
+        device: torch.device,
+        rounds: int,
+        warn: Callable[[str], None],
+    ) -> BlockStreamer:
+        store = self.stores.get(stage.component)
+        return BlockStreamer(
+            blocks=blocks.modules,
+            sources=store.sources(blocks) if store else blocks.sources(tensors, DTYPES[stage.compute_dtype]),
+            placements=stage.block_placements,
+            device=device,
+            slots=stage.slots,
+            rounds=rounds,
+            warn=warn,
+        )
