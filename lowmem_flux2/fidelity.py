@@ -1,0 +1,351 @@
+"""``lowmem-flux2 bench --fidelity``: what each choice that changes pixels costs, measured on pictures.
+
+The same prompts, seeds and plan for every variant, one thing changed. Beside them controls that show how far apart
+pictures are anyway: another seed, another prompt, half the steps. Results of a variant are kept in the output folder
+as they come, so a run that is cut off goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from safetensors.numpy import load_file, save_file
+
+from lowmem_flux2.errors import UsageError
+from lowmem_flux2.planning.formats import FORMATS
+from lowmem_flux2.planning.support import SUPPORTED
+from lowmem_flux2.planning.tiles import TILE_SIDES_PX, tile_is_sound
+from lowmem_flux2.report import write_atomically
+from lowmem_flux2.runtime.contact_sheet import Row, contact_sheet
+from lowmem_flux2.runtime.engine import Engine, versions
+from lowmem_flux2.runtime.similarity import Pictures, lpips_measure, psnr_db, relative_error, ssim
+
+REFERENCE = "reference"
+BATCH = 16
+"""Images denoised together, in every variant: a batch's composition decides how kernels round."""
+
+Score = Callable[[Pictures, Sequence[str]], NDArray[np.float64]]
+"""Pictures and their prompts to one number a picture, higher is better."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One thing changed against another variant (``against``); ``kind`` groups rows of the table.
+
+    ``shift`` is added to every seed, ``rotation`` gives picture i the prompt of picture i + rotation.
+    """
+
+    name: str
+    kind: str
+    against: str = REFERENCE
+    dtype: str = ""
+    weight_format: str = ""
+    text_weight_format: str = ""
+    step_cache: str = "off"
+    vae_tile: str = "off"
+    scale: int = 1
+    steps_divisor: int = 1
+    shift: int = 0
+    rotation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What all variants share. ``width``, ``height`` and ``steps`` of 0 are the model's own."""
+
+    model: str
+    prompts: tuple[str, ...]
+    seed: int
+    dtype: str
+    steps: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What a variant made: pictures (n, h, w, 3) in [0, 1], packed latents (n, tokens, channels), denoising seconds."""
+
+    pictures: Pictures
+    latents: NDArray[np.float32]
+    denoise_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """A variant against its reference. PSNR is None where every picture is equal; ``worst`` is over the images.
+
+    ``time_ratio``: seconds of the denoise stage without loading, over the reference's, in this run.
+    """
+
+    name: str
+    kind: str
+    against: str
+    images: int
+    equal_images: int
+    psnr_db_median: float | None
+    psnr_db_worst: float | None
+    ssim_median: float
+    ssim_worst: float
+    latents_error_median: float
+    latents_error_worst: float
+    time_ratio: float
+    score_mean: float | None
+    lpips_median: float | None
+    lpips_worst: float | None
+
+
+def variants(setting: Setting, width: int, height: int) -> list[Variant]:
+    """Every supported choice that changes pixels, and the controls. The references come before what is compared."""
+    quantized = [name for name in FORMATS if FORMATS[name].is_quantized and name in SUPPORTED.weight_formats]
+    quantized.sort(key=lambda name: FORMATS[name].weight_error)
+    others = [name for name in ("fp32", "bf16") if name != setting.dtype]
+    found = [Variant(REFERENCE, "reference"), Variant("repeated", "control")]
+    found += [Variant(f"compute in {name}", "dtype", dtype=name) for name in others]
+    found += [Variant(f"transformer {name}", "weights", weight_format=name) for name in quantized]
+    found += [Variant(f"text encoder {name}", "text weights", text_weight_format=name) for name in quantized]
+    found += _tiles(width, height)
+    return [
+        *found,
+        Variant("half the steps", "control", steps_divisor=2),
+        Variant("another seed", "control", shift=len(setting.prompts)),
+        Variant("another prompt", "control", rotation=1),
+    ]
+
+
+def _tiles(width: int, height: int) -> list[Variant]:
+    """VAE tiles at the model's own size where one is sound, else (small models) at the first larger one with one."""
+    for scale in (1, 2, 3, 4):
+        sides = [px for px in (*TILE_SIDES_PX, 64) if tile_is_sound(scale * width, scale * height, px)]
+        if sides:
+            untiled = REFERENCE if scale == 1 else f"{scale * width} x {scale * height} px"
+            larger = [] if scale == 1 else [Variant(untiled, "reference", scale=scale)]
+            return larger + [Variant(f"tiles {px} px", "tiles", untiled, vae_tile=str(px), scale=scale) for px in sides]
+    return []
+
+
+def measure_fidelity(
+    setting: Setting,
+    folder: Path,
+    console: Console,
+    *,
+    stem: str = "fidelity",
+    more: Sequence[Variant] = (),
+    score: Score | None = None,
+) -> list[Figures]:
+    """Run every variant and write ``STEM.json``, ``STEM.md`` and ``STEM.png`` (a contact sheet) into the folder.
+
+    Args:
+        more: further variants, after the usual ones.
+        score: of single pictures, where the model's pictures can be judged by themselves.
+
+    Raises:
+        UsageError: no prompts, or scikit-image is not installed.
+    """
+    if not setting.prompts:
+        raise UsageError("bench --fidelity: no prompts; give a file with one a line: --prompt-file prompts.txt")
+    ssim(np.zeros((1, 16, 16, 3), np.float32), np.zeros((1, 16, 16, 3), np.float32))  # or fail before any work
+    folder.mkdir(parents=True, exist_ok=True)
+    with Engine(setting.model, dtype=setting.dtype) as engine:
+        request = engine.request(
+            list(setting.prompts),
+            width=setting.width or None,
+            height=setting.height or None,
+            num_inference_steps=setting.steps or None,
+        )
+        setting = replace(
+            setting,
+            dtype=engine.plan(request).stage("denoise").compute_dtype,
+            width=request.width,
+            height=request.height,
+            steps=request.num_inference_steps,
+        )
+    chosen = [*variants(setting, setting.width, setting.height), *more]
+    lpips = lpips_measure()
+    samples: dict[str, Sample] = {}
+    found: list[Figures] = []
+    rows: list[Row] = []
+    for variant in chosen:
+        console.print(f"{variant.name} ...")
+        sample = _kept(setting, variant, folder / f"{stem}-samples")
+        if any(other.against == variant.name for other in chosen):
+            samples[variant.name] = sample
+        base = samples[variant.against if variant.kind != "reference" else variant.name]
+        figures = _compare(setting, variant, sample, base, score, lpips)
+        found.append(figures)
+        if variant.kind not in ("reference", "control") and figures.psnr_db_worst is not None:
+            worst = int(np.argmin(psnr_db(sample.pictures, base.pictures)))
+            title = f"{variant.name}: the worst of {figures.images}, {figures.psnr_db_worst:.1f} dB"
+            rows.append(Row(title, base.pictures[worst], sample.pictures[worst]))
+    record = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "setting": asdict(setting),
+        "batch": BATCH,
+        "versions": versions(),
+        "results": [asdict(one) for one in found],
+    }
+    write_atomically(folder / f"{stem}.json", json.dumps(record, indent=2) + "\n")
+    write_atomically(folder / f"{stem}.md", markdown(found))
+    if rows:
+        contact_sheet(rows).save(folder / f"{stem}.png", optimize=True)
+    console.print(_table(found))
+    console.print(f"wrote {folder / stem}.json, .md and .png", soft_wrap=True)
+    return found
+
+
+def _kept(setting: Setting, variant: Variant, folder: Path) -> Sample:
+    """A variant's pictures and latents: from the folder if they are there, else made and kept there."""
+    made_of = json.dumps([asdict(setting), asdict(variant), BATCH, versions()], sort_keys=True)
+    path = folder / f"{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.safetensors"
+    if not path.exists():
+        sample = _make(setting, variant)
+        folder.mkdir(exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        kept = {
+            # safetensors writes memory as it lies, and channels may lie first.
+            "pictures": np.round(sample.pictures * 65535).astype(np.uint16, order="C"),
+            "latents": sample.latents,
+            "denoise_s": np.array([sample.denoise_s]),
+        }
+        save_file(kept, temporary)
+        temporary.replace(path)
+    found = load_file(path)
+    return Sample((found["pictures"] / 65535).astype(np.float32), found["latents"], float(found["denoise_s"][0]))
+
+
+def _make(setting: Setting, variant: Variant) -> Sample:
+    batches: list[torch.Tensor] = []
+
+    def note(_: object, step: int, __: torch.Tensor, kept: dict[str, torch.Tensor]) -> None:
+        if step == 0:
+            batches.append(kept["latents"])
+        batches[-1] = kept["latents"]
+
+    count, rotation = len(setting.prompts), variant.rotation
+    plain = variant.dtype or setting.dtype
+    with Engine(
+        setting.model,
+        dtype=plain,
+        weight_format=variant.weight_format or plain,
+        text_weight_format=variant.text_weight_format or plain,
+        step_cache=variant.step_cache,
+        vae_tile=variant.vae_tile,
+        batch_size=BATCH,
+    ) as engine:
+        made = engine.generate(
+            [setting.prompts[(number + rotation) % count] for number in range(count)],
+            generator=[torch.Generator().manual_seed(setting.seed + variant.shift + i) for i in range(count)],
+            width=setting.width * variant.scale,
+            height=setting.height * variant.scale,
+            num_inference_steps=max(1, setting.steps // variant.steps_divisor),
+            output_type="np",
+            callback_on_step_end=note,
+        )
+    denoise = next(stage for stage in made.report.stages if stage.stage == "denoise")
+    latents = torch.cat([batch.to("cpu", torch.float32) for batch in batches]).numpy()
+    return Sample(made.images.astype(np.float32), latents, denoise.time_s - denoise.load_s)
+
+
+def _compare(
+    setting: Setting,
+    variant: Variant,
+    sample: Sample,
+    base: Sample,
+    score: Score | None,
+    lpips: Callable[[Pictures, Pictures], NDArray[np.float64]] | None,
+) -> Figures:
+    psnr, similar = psnr_db(sample.pictures, base.pictures), ssim(sample.pictures, base.pictures)
+    error = relative_error(sample.latents, base.latents) if sample.latents.shape == base.latents.shape else None
+    distance = lpips(sample.pictures, base.pictures) if lpips else None
+    count, rotation = len(setting.prompts), variant.rotation
+    prompts = [setting.prompts[(number + rotation) % count] for number in range(count)]
+    return Figures(
+        name=variant.name,
+        kind=variant.kind,
+        against=variant.against,
+        images=count,
+        equal_images=int(np.isinf(psnr).sum()),
+        psnr_db_median=_finite(np.median(psnr)),
+        psnr_db_worst=_finite(psnr.min()),
+        ssim_median=float(np.median(similar)),
+        ssim_worst=float(similar.min()),
+        latents_error_median=float(np.median(error)) if error is not None else math.nan,
+        latents_error_worst=float(error.max()) if error is not None else math.nan,
+        time_ratio=sample.denoise_s / base.denoise_s,
+        score_mean=float(score(sample.pictures, prompts).mean()) if score and variant.scale == 1 else None,
+        lpips_median=float(np.median(distance)) if distance is not None else None,
+        lpips_worst=float(distance.max()) if distance is not None else None,
+    )
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+HEADINGS = (
+    "variant",
+    "against",
+    "equal",
+    "PSNR median",
+    "PSNR worst",
+    "SSIM median",
+    "SSIM worst",
+    "latents median",
+    "latents worst",
+    "time ratio",
+    "score",
+)
+
+
+def _cells(one: Figures) -> tuple[str, ...]:
+    def decibels(value: float | None) -> str:
+        return "equal" if value is None else f"{value:.1f} dB"
+
+    return (
+        one.name,
+        one.against if one.kind != "reference" else "",
+        f"{one.equal_images}/{one.images}",
+        decibels(one.psnr_db_median),
+        decibels(one.psnr_db_worst),
+        f"{one.ssim_median:.4f}",
+        f"{one.ssim_worst:.4f}",
+        f"{one.latents_error_median:.4f}",
+        f"{one.latents_error_worst:.4f}",
+        f"{one.time_ratio:.2f}",
+        "" if one.score_mean is None else f"{one.score_mean:.3f}",
+    )
+
+
+def markdown(found: Sequence[Figures]) -> str:
+    """The table as markdown."""
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|---|---|" + "---:|" * (len(HEADINGS) - 2)]
+    lines += ["| " + " | ".join(_cells(one)) + " |" for one in found]
+    return "\n".join(lines) + "\n"
+
+
+def _table(found: Sequence[Figures]) -> Table:
+    table = Table(show_edge=False, pad_edge=False)
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading in ("variant", "against") else "right")
+    for one in found:
+        table.add_row(*_cells(one))
+    return table
+
+
+def read_results(path: Path) -> list[Figures]:
+    """What ``measure_fidelity`` wrote."""
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    return [Figures(**cast(dict[str, Any], one)) for one in raw["results"]]
