@@ -2,9 +2,9 @@
 
     python benchmarks/fidelity.py --out benchmarks/results
 
-Writes fidelity-shapes.json, .md and .png there. `shapes` is regression evidence and orders step caches and tiles; the order
-of weight formats for 32 B weights rests on weight errors (benchmarks/weight_errors.py) and, where somebody has them, on real
-checkpoints: `lowmem-flux2 bench --fidelity -m MODEL --prompt-file FILE` makes the same table.
+Writes fidelity-shapes.json, .md and .png there. `shapes` is regression evidence and orders step caches and tiles; the
+order of weight formats for 32 B weights rests on weight errors (benchmarks/weight_errors.py) and, where somebody has
+them, on real checkpoints: `lowmem-flux2 bench --fidelity -m MODEL --prompt-file FILE` makes the same table.
 """
 
 from __future__ import annotations
@@ -21,25 +21,20 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools" / "shapes"))
 
-from draw import sample_specs  # noqa: E402
-from score import read_picture  # noqa: E402
+from draw import parse  # noqa: E402
+from score import check, read_picture  # noqa: E402
 
-from lowmem_flux2.fidelity import Setting, measure_fidelity  # noqa: E402
+from lowmem_flux2.fidelity import Setting, measure_fidelity, prompts_for  # noqa: E402
 from lowmem_flux2.runtime.similarity import Pictures  # noqa: E402
 
-PROMPTS_SEED, SEED = 11, 500
+SEED = 500
 
 
 def fit(pictures: Pictures, prompts: Sequence[str]) -> NDArray[np.float64]:
     """Overlap of each picture's shape with its ideal outline; 0 where its prompt is not what it shows."""
-    asked = {spec.prompt: spec for spec in sample_specs(4096, PROMPTS_SEED)}
     readings = [read_picture(picture) for picture in pictures]
-    right = [
-        (reading.colour, reading.shape, reading.background)
-        == (asked[prompt].colour, asked[prompt].shape, asked[prompt].background)
-        for reading, prompt in zip(readings, prompts, strict=True)
-    ]
-    return np.array([reading.fit if ok else 0.0 for reading, ok in zip(readings, right, strict=True)])
+    pairs = zip(readings, prompts, strict=True)
+    return np.array([reading.fit if check(reading, parse(prompt))["all"] else 0.0 for reading, prompt in pairs])
 
 
 def main() -> None:
@@ -47,7 +42,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--images", type=int, default=64)
     arguments = parser.parse_args()
-    prompts = tuple(spec.prompt for spec in sample_specs(arguments.images, PROMPTS_SEED))
+    prompts = prompts_for("shapes", None, arguments.images)
     setting = Setting("shapes", prompts, SEED, dtype="auto", steps=0, width=0, height=0)
     measure_fidelity(setting, arguments.out, Console(), stem="fidelity-shapes", score=fit)
 

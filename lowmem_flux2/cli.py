@@ -178,14 +178,33 @@ def bench(
         str, typer.Option("-p", "--prompt", help="What to draw.")
     ] = "a large red circle in the center on a blue background",
     steps: opt.Steps = None,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="Folder for bench.json and bench.png; made if missing.")
-    ] = Path("bench"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results; made if missing.")] = Path(
+        "bench"
+    ),
+    fidelity: Annotated[
+        bool, typer.Option("--fidelity", help="Measure what each choice that changes pixels costs in pixels instead.")
+    ] = False,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="With --fidelity: a text file with one prompt a line; 'shapes' has its own.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=2, help="With --fidelity: pictures a variant, prompts in turn.")] = 64,
+    dtype: opt.Dtype = "auto",
 ) -> None:
-    """Run a handful of plans, each in a process of its own: memory against latency, as a table, JSON and a plot."""
-    from lowmem_flux2.bench import run_bench
+    """Run a handful of plans, each in a process of its own: memory against latency, as a table, JSON and a plot.
 
+    With --fidelity: the same pictures by every weight format, step cache and VAE tile, compared; table, JSON, PNG.
+    """
     with _interruptible():
+        if fidelity:
+            from lowmem_flux2.fidelity import Setting, measure_fidelity, prompts_for
+
+            prompts = prompts_for(model or EMBEDDED, prompt_file, images)
+            measure_fidelity(Setting(model or EMBEDDED, prompts, 0, dtype, steps or 0, 0, 0), output, out)
+            return
+        from lowmem_flux2.bench import run_bench
+
+        if prompt_file is not None or dtype != "auto":
+            raise UsageError("--prompt-file and --dtype go with --fidelity")
         run_bench(model or EMBEDDED, prompt, steps, output, out)
 
 

@@ -24,14 +24,17 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file, save_file
 
+from lowmem_flux2.arguments import read_prompts
 from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning.formats import FORMATS
+from lowmem_flux2.planning.sources import ASSETS, EMBEDDED
 from lowmem_flux2.planning.support import SUPPORTED
 from lowmem_flux2.planning.tiles import TILE_SIDES_PX, tile_is_sound
 from lowmem_flux2.report import write_atomically
 from lowmem_flux2.runtime.contact_sheet import Row, contact_sheet
-from lowmem_flux2.runtime.engine import Engine, versions
+from lowmem_flux2.runtime.engine import Engine
 from lowmem_flux2.runtime.similarity import Pictures, lpips_measure, psnr_db, relative_error, ssim
+from lowmem_flux2.runtime.versions import versions
 
 REFERENCE = "reference"
 BATCH = 16
@@ -108,6 +111,18 @@ class Figures:
     lpips_worst: float | None
 
 
+def prompts_for(model: str, file: Path | None, images: int) -> tuple[str, ...]:
+    """As many prompts as pictures: those of the file, in turn; without one, the embedded model's own.
+
+    Raises:
+        UsageError: no file for another model, or nothing in it.
+    """
+    if file is None and model != EMBEDDED:
+        raise UsageError(f"bench --fidelity -m {model}: which prompts? Give a file with one a line: --prompt-file FILE")
+    found = read_prompts(None, file or ASSETS / EMBEDDED / "prompts.txt")
+    return tuple(found[number % len(found)] for number in range(images))
+
+
 def variants(setting: Setting, width: int, height: int) -> list[Variant]:
     """Every supported choice that changes pixels, and the controls. The references come before what is compared."""
     quantized = [name for name in FORMATS if FORMATS[name].is_quantized and name in SUPPORTED.weight_formats]
@@ -122,7 +137,7 @@ def variants(setting: Setting, width: int, height: int) -> list[Variant]:
         *found,
         Variant("half the steps", "control", steps_divisor=2),
         Variant("another seed", "control", shift=len(setting.prompts)),
-        Variant("another prompt", "control", rotation=1),
+        *([Variant("another prompt", "control", rotation=1)] if len(set(setting.prompts)) > 1 else []),
     ]
 
 
@@ -153,10 +168,8 @@ def measure_fidelity(
         score: of single pictures, where the model's pictures can be judged by themselves.
 
     Raises:
-        UsageError: no prompts, or scikit-image is not installed.
+        UsageError: scikit-image is not installed.
     """
-    if not setting.prompts:
-        raise UsageError("bench --fidelity: no prompts; give a file with one a line: --prompt-file prompts.txt")
     ssim(np.zeros((1, 16, 16, 3), np.float32), np.zeros((1, 16, 16, 3), np.float32))  # or fail before any work
     folder.mkdir(parents=True, exist_ok=True)
     with Engine(setting.model, dtype=setting.dtype) as engine:
@@ -214,7 +227,7 @@ def _kept(setting: Setting, variant: Variant, folder: Path) -> Sample:
         sample = _make(setting, variant)
         folder.mkdir(exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        kept = {
+        kept: dict[str, NDArray[Any]] = {
             # safetensors writes memory as it lies, and channels may lie first.
             "pictures": np.round(sample.pictures * 65535).astype(np.uint16, order="C"),
             "latents": sample.latents,
