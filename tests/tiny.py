@@ -323,7 +323,7 @@ def _write_folder(
         torch.nn.Module.to(part, dtype)  # not diffusers' own `to`, which logs a warning here
     transformer.save_pretrained(folder / "transformer", **shards)
     vae.save_pretrained(folder / "vae")
-    text_encoder.save_pretrained(folder / "text_encoder")
+    text_encoder.save_pretrained(folder / "text_encoder", **shards)
     tokenizer.save_pretrained(folder / "tokenizer")
     make_scheduler().save_pretrained(folder / "scheduler")
     index = {"_class_name": pipeline, "_diffusers_version": diffusers_version, **extra}
@@ -349,7 +349,7 @@ def write_klein(
     dtype: torch.dtype = torch.float32,
     shard_bytes: int | None = None,
 ) -> Path:
-    """Write a tiny FLUX.2 klein checkpoint; `shard_bytes` splits the transformer into shards of at most that size."""
+    """Write a tiny FLUX.2 klein checkpoint; `shard_bytes` splits transformer and text encoder into such shards."""
     tokenizer = make_qwen_tokenizer()
     return _write_folder(
         Path(folder),
@@ -372,7 +372,7 @@ def write_dev(
     dtype: torch.dtype = torch.float32,
     shard_bytes: int | None = None,
 ) -> Path:
-    """Write a tiny FLUX.2 dev checkpoint; `shard_bytes` splits the transformer into shards of at most that size."""
+    """Write a tiny FLUX.2 dev checkpoint; `shard_bytes` splits transformer and text encoder into such shards."""
     tokenizer = make_mistral_tokenizer()
     path = _write_folder(
         Path(folder),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -130,8 +130,22 @@ def read_header(path: Path) -> SafetensorsHeader:
     return SafetensorsHeader(path, file_bytes, data_begin, MappingProxyType(tensors))
 
 
-def component_headers(folder: Path) -> tuple[SafetensorsHeader, ...]:
-    """Read the headers of all weight files of a component folder: a single file, or the shards of its index.
+def every_tensor(name: str) -> bool:
+    """All of a component's tensors are needed."""
+    return True
+
+
+def no_tensor(name: str) -> bool:
+    """None has to be there: for readers that complain of a missing tensor when they are asked for it."""
+    return False
+
+
+def component_headers(folder: Path, needs: Callable[[str], bool] = every_tensor) -> tuple[SafetensorsHeader, ...]:
+    """Read the headers of a component folder's weight files: a single file, or the shards of its index that are there.
+
+    Args:
+        needs: the tensors that must be there, by name: of a text encoder not all layers are used, and shards without a
+            needed tensor may be missing.
 
     Raises:
         CheckpointMissing: no folder, no weights in it, or a shard that the index names is not there.
@@ -142,16 +156,17 @@ def component_headers(folder: Path) -> tuple[SafetensorsHeader, ...]:
     weights, is_index = _weight_file(folder)
     if not is_index:
         return (read_header(weights),)
-    places = _read_index(weights)
-    shards = sorted(set(places.values()))
+    places = read_index(weights)
+    needed = {shard for tensor, shard in places.items() if needs(tensor)}
+    shards = sorted(shard for shard in set(places.values()) if shard in needed or (folder / shard).is_file())
     absent = [shard for shard in shards if not (folder / shard).is_file()]
     if absent:
         raise CheckpointMissing(
-            f"{folder}: {len(absent)} of {len(shards)} shards are missing: {', '.join(absent)}; finish the download"
+            f"{folder}: {len(absent)} of {len(needed)} shards are missing: {', '.join(absent)}; finish the download"
         )
     headers = {shard: read_header(folder / shard) for shard in shards}
     for tensor, shard in places.items():
-        if tensor not in headers[shard].tensors:
+        if shard in headers and tensor not in headers[shard].tensors:
             raise CheckpointBroken(
                 f"{folder / shard} lacks the tensor {tensor!r} that {weights.name} puts there: "
                 "index and shards are of different downloads"
@@ -159,20 +174,23 @@ def component_headers(folder: Path) -> tuple[SafetensorsHeader, ...]:
     return tuple(headers[shard] for shard in shards)
 
 
-def check_component(folder: Path, accepted_weights: Collection[int] = ()) -> ComponentWeights:
-    """Sum up a component's headers and compare its number of weights with what its config implies.
+def check_component(
+    folder: Path, accepted_weights: Collection[int] = (), needs: Callable[[str], bool] = every_tensor
+) -> ComponentWeights:
+    """Sum up the needed tensors of a component and compare their number of weights with what its config implies.
 
     Args:
         folder: for example ``model/transformer``.
         accepted_weights: counts that are right; empty for no comparison.
+        needs: the tensors that are counted, and must be there, by name.
 
     Raises:
         CheckpointMissing, CheckpointBroken: as `component_headers`, or the count is none of the accepted ones.
     """
-    headers = component_headers(folder)
-    held = [tensor for header in headers for tensor in header.tensors.values()]
+    headers = component_headers(folder, needs)
+    held = [tensor for header in headers for name, tensor in header.tensors.items() if needs(name)]
     if not held:
-        raise CheckpointBroken(f"{folder}: its safetensors files hold no tensors")
+        raise CheckpointBroken(f"{folder}: its safetensors files hold no tensors that are needed")
     num_weights = sum(tensor.num_values for tensor in held if "F" in tensor.dtype)
     dtype = _majority(held)
     if accepted_weights and num_weights not in accepted_weights:
@@ -212,7 +230,12 @@ def _weight_file(folder: Path) -> tuple[Path, bool]:
     raise CheckpointMissing(f"{folder} has no .safetensors weights")
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """Which shard beside an index file holds which tensor.
+
+    Raises:
+        CheckpointBroken: not an index, or it names files elsewhere.
+    """
     try:
         places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError, OSError) as error:

@@ -14,6 +14,7 @@ With hidden size ``h`` and MLP width ``m = int(mlp_ratio * h)`` (diffusers 0.42.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -27,6 +28,10 @@ StoredDtype = Literal["bf16", "fp16", "fp32"]
 
 OUT_LAYERS: Final[Mapping[Architecture, tuple[int, ...]]] = {"mistral3": (10, 20, 30), "qwen3": (9, 18, 27)}
 """Hidden states that the pipelines concatenate: entry k is the output after k layers (diffusers' pipelines/flux2)."""
+
+
+_DECODER_LAYER: Final = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_NOT_DECODER: Final = re.compile(r"vision|multi_modal_projector|lm_head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +193,19 @@ class TextEncoderSpec:
         return heads * self.embedding_weights + self.num_layers * self.layer.total_weights + self.hidden_size
 
     @property
+    def taps_last_layer(self) -> bool:
+        """Whether the last layer's output is tapped: transformers norms it, so the final norm is needed too."""
+        return self.layers_used == self.num_layers
+
+    def uses(self, name: str) -> bool:
+        """Whether encoding a prompt needs the tensor of this stored name (releases nest the decoder differently)."""
+        if _NOT_DECODER.search(name):
+            return False
+        if found := _DECODER_LAYER.search(name):
+            return int(found[1]) < self.layers_used
+        return name.endswith("embed_tokens.weight") or (self.taps_last_layer and name.endswith("model.norm.weight"))
+
+    @property
     def joint_dim(self) -> int:
         """Width of the text input handed to the transformer."""
         return self.hidden_size * len(self.out_layers)
@@ -290,14 +308,17 @@ class ModelSpec:
         return 2 * self.vae.spatial_factor
 
     def stored_weights(self, component: Component) -> frozenset[int]:
-        """Return how many floating-point values the component's files may hold, in any of the usual ways to save it."""
+        """Return how many floating-point values the needed tensors of the component's files may hold."""
         if component == "transformer":
             return frozenset({self.transformer.total_weights})
         if component == "vae":  # the batch norm's running mean and variance are values too
             return frozenset({self.vae.total_weights + 2 * self.vae.packed_channels})
-        full, vision = self.text_encoder.full_weights, self.text_encoder.vision_weights
-        tied_copy = self.text_encoder.embedding_weights if self.text_encoder.tie_word_embeddings else 0
-        return frozenset({full, full + vision, full + tied_copy, full + vision + tied_copy})
+        norm = self.text_encoder.hidden_size if self.text_encoder.taps_last_layer else 0
+        return frozenset({self.text_encoder.cut_weights + norm})
+
+    def needs(self, component: Component, name: str) -> bool:
+        """Whether a run needs the tensor of this stored name."""
+        return component != "text_encoder" or self.text_encoder.uses(name)
 
 
 def _conv3(in_channels: int, out_channels: int) -> int:

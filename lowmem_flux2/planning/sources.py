@@ -10,8 +10,10 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -124,12 +126,15 @@ def resolve_model(
 
 
 def check_weights(folder: Path, spec: ModelSpec) -> dict[Component, ComponentWeights]:
-    """Check the headers of every component's weights against the spec.
+    """Check the headers of every component's needed weights against the spec.
 
     Raises:
         CheckpointMissing, CheckpointBroken: see `planning.headers.check_component`.
     """
-    return {part: check_component(folder / part, spec.stored_weights(part)) for part in get_args(Component)}
+    return {
+        part: check_component(folder / part, spec.stored_weights(part), partial(spec.needs, part))
+        for part in get_args(Component)
+    }
 
 
 def check_tokenizer(folder: Path, source: str) -> None:
@@ -159,6 +164,23 @@ def shipped_configs(name: str) -> dict[str, Mapping[str, Any]]:
     alias = _ALIASES[name]
     configs = read_configs(ASSETS / "configs" / alias.configs, name)
     return {**configs, "model_index": {**configs["model_index"], "is_distilled": alias.is_distilled}}
+
+
+@contextmanager
+def hub_client(offline: bool) -> Iterator[bool]:
+    """Use the hub's client in this block; yields whether it must stay offline.
+
+    ``local_files_only`` alone does not keep it from the network: huggingface_hub 2.4 still asks the hub for a list by
+    which it tells who calls. Its own switch does, which is read from HF_HUB_OFFLINE once, when it is imported.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or offline
+    try:
+        yield constants.HF_HUB_OFFLINE
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _from_folder(folder: Path, name: str, kind: SourceKind, source: str) -> ModelSource:
@@ -233,9 +255,10 @@ def _download_configs(repo_id: str, cache_dir: Path | None, revision: str | None
     folder = Path()
     for file in (*CONFIG_FILES.values(), OWN_CONFIG_FILE):
         try:
-            downloaded = hf_hub_download(
-                repo_id, file, cache_dir=cache_dir, revision=revision, local_files_only=offline
-            )
+            with hub_client(offline) as is_offline:
+                downloaded = hf_hub_download(
+                    repo_id, file, cache_dir=cache_dir, revision=revision, local_files_only=is_offline
+                )
         except Exception as error:
             if file == OWN_CONFIG_FILE and isinstance(error, EntryNotFoundError):
                 continue
@@ -268,12 +291,20 @@ def explain_hub_error(repo_id: str, revision: str | None, error: BaseException) 
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         error = error.__cause__
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    said = str(getattr(error, "server_message", None) or "")
+    if status == 401 and "Invalid" in said and get_token() is not None:
+        return CheckpointAccess(f"{repo_id}: the hub refuses your token ({said}): log in again with `hf auth login`")
+    if status == 403 and "fine-grained" in said:
+        return CheckpointAccess(
+            f"{repo_id} is gated and your token may not read gated repositories: give it that permission at "
+            "https://huggingface.co/settings/tokens"
+        )
     if isinstance(error, GatedRepoError) or (status in (401, 403) and not isinstance(error, RepositoryNotFoundError)):
         if get_token() is None:
             return CheckpointAccess(f"{repo_id} is gated: accept its licence at {page}, then {_NO_TOKEN}")
         return CheckpointAccess(
-            f"{repo_id} is gated and your token has no access: accept its licence at {page} with the same account "
-            "(and give the token read access to gated repositories)"
+            f"{repo_id} is gated and your account has no access: accept its licence at {page} with the account that "
+            "the token belongs to"
         )
     if isinstance(error, RepositoryNotFoundError):
         private = "" if get_token() else f"; if it is private, {_NO_TOKEN}"

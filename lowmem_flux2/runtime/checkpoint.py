@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from lowmem_flux2.errors import CheckpointBroken
-from lowmem_flux2.planning.headers import SafetensorsHeader, TensorInfo, component_headers
+from lowmem_flux2.planning.headers import SafetensorsHeader, TensorInfo, component_headers, no_tensor
 from lowmem_flux2.runtime.rawfile import RawFile
 
 _TORCH_DTYPES = {
@@ -60,7 +60,7 @@ class TensorFile:
         self._files: dict[tuple[Path, bool], RawFile] = {}
         self._lock = threading.Lock()
         try:
-            for header in component_headers(folder):
+            for header in component_headers(folder, no_tensor):
                 for name, info in header.tensors.items():
                     self._places[name] = (header, info)
                 self._file(header.path, direct=False)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from lowmem_flux2.errors import CheckpointBroken, UsageError
-from lowmem_flux2.planning.headers import component_headers
+from lowmem_flux2.planning.headers import component_headers, no_tensor
 from lowmem_flux2.runtime.cache import MANIFEST
 from lowmem_flux2.runtime.components import Blocks
 from lowmem_flux2.runtime.device import DTYPES
@@ -63,7 +63,7 @@ def entry_of(folder: Path, component: str, weight_format: str, dtype: str) -> En
         except metadata.PackageNotFoundError as error:
             raise UsageError(f"{component} in {weight_format}: {LIBRARIES[weight_format]} is not installed") from error
     digest.update((folder / component / "config.json").read_bytes())
-    for header in component_headers(folder / component):
+    for header in component_headers(folder / component, no_tensor):
         seen = header.path.stat()
         names = sorted((name, info.dtype, info.shape, info.begin) for name, info in header.tensors.items())
         digest.update(f"{header.path.name} {seen.st_size} {seen.st_mtime_ns} {names}".encode())

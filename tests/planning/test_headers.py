@@ -145,6 +145,15 @@ def test_shards(tmp_path: Path) -> None:
         component_headers(tmp_path)
 
 
+def test_shards_without_a_needed_tensor_may_be_missing(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    (tmp_path / "model-2.safetensors").unlink()
+    assert [list(header.tensors) for header in component_headers(tmp_path, lambda name: name == "a")] == [["a"]]
+    assert check_component(tmp_path, {3}, lambda name: name == "a").num_weights == 3
+    with pytest.raises(CheckpointMissing, match=r"1 of 1 shards are missing: model-2\.safetensors"):
+        component_headers(tmp_path, lambda name: name == "b")
+
+
 def test_shard_of_another_download(tmp_path: Path) -> None:
     sharded(tmp_path)
     save_file({"c": np.zeros(5, "float32")}, tmp_path / "model-2.safetensors")

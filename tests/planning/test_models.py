@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import Mistral3Config, Mistral3ForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, Mistral3Config, Mistral3ForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
 
 from lowmem_flux2.errors import CheckpointBroken, CheckpointMissing
 from lowmem_flux2.planning.configs import read_configs, spec_from_configs
@@ -217,8 +217,22 @@ def test_stored_weights_count_what_is_saved() -> None:
     saved = sum(t.numel() for t in vae.state_dict().values() if t.is_floating_point())
     assert spec.stored_weights("vae") == {saved}
     assert spec.stored_weights("transformer") == {spec.transformer.total_weights}
-    tied = spec.text_encoder
-    assert spec.stored_weights("text_encoder") == {tied.full_weights, tied.full_weights + tied.embedding_weights}
+    assert spec.stored_weights("text_encoder") == {spec.text_encoder.cut_weights}
+
+
+@pytest.mark.parametrize("name", ["flux2-dev", "flux2-klein-4b"])
+def test_the_needed_tensors_are_the_cut_decoder(name: str) -> None:
+    spec = spec_of(name)
+    with torch.device("meta"):
+        config = AutoConfig.for_model(**shipped_configs(name)["text_encoder"])
+        kind = Mistral3ForConditionalGeneration if spec.form == "dev" else Qwen3ForCausalLM
+        saved = kind(config).state_dict()
+    used = {key: tensor for key, tensor in saved.items() if spec.needs("text_encoder", key)}
+    assert sum(tensor.numel() for tensor in used.values()) in spec.stored_weights("text_encoder")
+    assert not any("vision" in key or "lm_head" in key or ".norm.weight" in key for key in used)
+    older = {key.replace("model.language_model.", "language_model.model.") for key in used}
+    assert all(spec.needs("text_encoder", key) for key in older)
+    assert all(spec.needs("transformer", key) for key in ("proj_out.weight", "lm_head.weight"))
 
 
 def test_forms_and_defaults() -> None:
