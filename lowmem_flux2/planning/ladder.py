@@ -1,17 +1,18 @@
 """The recovery ladder: after a stage ran out of memory, the plan with the next lower peak.
 
-Weights keep their format and a batch its composition, so that what has been computed stays right: fewer resident blocks
-and fewer slots change no pixel, smaller VAE tiles change them slightly.
+Weights keep their format and a batch its composition, so that what has been computed stays right. First come fewer
+resident blocks and fewer slots, which change no pixel; then smaller token chunks, which change none where matmul
+kernels treat rows alike, and smaller VAE tiles, which change pixels slightly.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 
-from lowmem_flux2.planning.candidates import Job, fits
+from lowmem_flux2.planning.candidates import Job
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Plan, Stage, StagePlan
-from lowmem_flux2.planning.planner import Objective
 from lowmem_flux2.planning.selection import Selection
 from lowmem_flux2.planning.support import SUPPORTED, Support
 
@@ -29,21 +30,28 @@ def next_rung(plan: Plan, name: Stage, model: ModelSpec, support: Support = SUPP
         batch_size=current.batch_size if name == "denoise" else 0,
     )
     job = Job(model, plan.workload, plan.hardware, selection, plan.limits, support)
-    lower = [
-        stage
-        for stage in job.candidates(name)
-        if fits(stage, plan.limits)
-        and peak_bytes(stage) < peak_bytes(current)
-        and (stage.weight_format, stage.batch_size) == (current.weight_format, current.batch_size)
-    ]
-    if not lower:
-        return None
-    target = (1 - RUNG_SHARE) * peak_bytes(current)
-    key = Objective("speed", plan.hardware).key
-    chosen = min([stage for stage in lower if peak_bytes(stage) <= target] or lower, key=key)
-    reason = f"ran out of memory at a predicted peak of {peak_bytes(current)} bytes"
-    chosen = replace(chosen, reasons=(reason,))
-    return replace(plan, stages=tuple(chosen if stage.stage == name else stage for stage in plan.stages))
+
+    def alike(stage: StagePlan) -> bool:
+        return (stage.weight_format, stage.batch_size) == (current.weight_format, current.batch_size)
+
+    def same_chunks(stage: StagePlan) -> bool:
+        return alike(stage) and stage.chunk_tokens == current.chunk_tokens
+
+    def smaller_chunks(stage: StagePlan) -> bool:
+        return alike(stage) and _chunk(stage) < _chunk(current)
+
+    peak = peak_bytes(current)
+    for most in (int((1 - RUNG_SHARE) * peak), peak - 1):
+        for accept in (same_chunks, smaller_chunks):
+            lower = job.within(most).best(name, accept)
+            if lower is not None:
+                lower = replace(lower, reasons=(f"ran out of memory at a predicted peak of {peak} bytes",))
+                return replace(plan, stages=tuple(lower if stage.stage == name else stage for stage in plan.stages))
+    return None
+
+
+def _chunk(stage: StagePlan) -> float:
+    return stage.chunk_tokens or inf
 
 
 def peak_bytes(stage: StagePlan) -> int:

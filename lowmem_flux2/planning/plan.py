@@ -25,6 +25,7 @@ SCHEMA_VERSION = 1
 
 Stage = Literal["encode", "denoise", "decode"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+Bottleneck = Literal["compute", "link", "disk", "load"]
 
 
 class Placement(StrEnum):
@@ -36,6 +37,11 @@ class Placement(StrEnum):
     DISK = "disk"
 
 
+COMPONENT_OF: dict[Stage, Component] = {"encode": "text_encoder", "denoise": "transformer", "decode": "vae"}
+NON_BLOCK_OF = {"encode": Placement.DISK, "denoise": Placement.GPU, "decode": Placement.GPU}
+"""Where the executor has each stage's weights outside blocks."""
+
+
 @dataclass(frozen=True, slots=True)
 class StageCost:
     """Predicted cost of one stage. Sizes in bytes, times in seconds.
@@ -43,8 +49,10 @@ class StageCost:
     ``host_bytes`` counts everything resident in RAM that is not pinned: Python and libraries, the pageable arena, what
     loading passes through, the stage's results, and on ``device=cpu`` the resident weights, slots and activations too.
     ``activation_bytes`` includes the format's transient, and the conditioning weights where they need more than what
-    comes after them. ``time_s`` is ``load_s + run_s``; ``waiting_s`` is the part of ``run_s`` that computes nothing;
-    ``first_read_s`` the part of ``time_s`` in which each weight is read from a cold disk for the first time.
+    comes after them. ``time_s`` is ``load_s + run_s``, from a cold page cache. While the stage runs, three lanes work,
+    at the same time where they can: ``compute_s``, ``copy_s`` (streamed blocks to the device) and ``read_s`` (streamed
+    blocks from disk). ``waiting_s`` is the part of ``run_s`` that computes nothing; ``rounds`` are the passes over the
+    blocks.
     """
 
     resident_bytes: int = 0
@@ -59,16 +67,25 @@ class StageCost:
     load_s: float = 0.0
     run_s: float = 0.0
     time_s: float = 0.0
+    compute_s: float = 0.0
+    copy_s: float = 0.0
+    read_s: float = 0.0
     waiting_s: float = 0.0
-    first_read_s: float = 0.0
+    rounds: int = 1
     fidelity_error: float = 0.0
     fidelity_provenance: str = ""
     on_host: bool = False
 
     @property
-    def steady_s(self) -> float:
-        """Time without the first read, which is once a start, and for a warm page cache nothing."""
-        return self.time_s - self.first_read_s
+    def bottleneck(self) -> Bottleneck:
+        """What most of the stage's time goes to: a shorter one of the others would win less."""
+        busy: dict[Bottleneck, float] = {
+            "compute": self.compute_s,
+            "link": self.copy_s,
+            "disk": self.read_s,
+            "load": self.load_s,
+        }
+        return max(busy, key=lambda kind: busy[kind])
 
     @property
     def peak_vram_bytes(self) -> int:
@@ -115,6 +132,24 @@ class StagePlan:
     batch_size: int
     cost: StageCost = field(default_factory=StageCost)
     reasons: tuple[str, ...] = ()
+
+    @staticmethod
+    def bare(stage: Stage, weight_format: str, compute_dtype: str) -> StagePlan:
+        """A stage in these formats, one image or prompt at a time, with nothing placed yet."""
+        return StagePlan(
+            stage=stage,
+            component=COMPONENT_OF[stage],
+            weight_format=weight_format,
+            compute_dtype=compute_dtype,
+            block_placements=(),
+            non_block_placement=NON_BLOCK_OF[stage],
+            prefetch_depth=0,
+            slots=0,
+            chunk_tokens=0,
+            tile_px=0,
+            step_cache="off",
+            batch_size=1,
+        )
 
     def count(self, placement: Placement) -> int:
         return sum(1 for placed in self.block_placements if placed is placement)

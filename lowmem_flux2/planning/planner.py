@@ -1,13 +1,8 @@
-"""Choose a plan: of each stage's candidates that fit, the best by the user's preference.
+"""Choose a plan: of all that fit, the one that the user's preference rates best (``objective``), exactly.
 
-Stages never hold weights at the same time (staged residency), so each is chosen by itself. Two things couple them:
-``balanced`` has one allowance of time for better weights, and ``memory`` lowers the peak of the whole run, so a stage
-far below that peak has no reason to give up anything.
-
-    quality   least fidelity error, untiled, then fastest
-    balanced  the same, while the run, first read of the weights apart, is at most TIME_SLACK longer than the fastest
-    speed     fastest, then least copying and reading, then least fidelity error
-    memory    least peak VRAM, then least peak RAM of the run, then as quality
+Stages never hold weights at the same time (staged residency), so each is searched by itself. Two things couple them:
+``balanced`` weighs the effort of the whole run against its fidelity, and ``memory`` lowers the peak of the whole run,
+so a stage far below that peak has no reason to give up anything.
 """
 
 from __future__ import annotations
@@ -16,59 +11,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lowmem_flux2.errors import DoesNotFit
-from lowmem_flux2.planning.candidates import Job, fits, pinning_fits
+from lowmem_flux2.planning.candidates import Job, fits
+from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
+from lowmem_flux2.planning.objective import balance, effort, effort_of, time_then_effort, time_then_effort_of, unread
 from lowmem_flux2.planning.plan import SCHEMA_VERSION, STAGES, Limits, Plan, Stage, StagePlan
 from lowmem_flux2.planning.reasons import reasons_of
+from lowmem_flux2.planning.residency import Variant
+from lowmem_flux2.planning.search import Search, Value
 from lowmem_flux2.planning.selection import Selection, StreamFrom, check_selection, limits_of
 from lowmem_flux2.planning.support import EVERYTHING, SUPPORTED, Support
-from lowmem_flux2.planning.workload import Preference, Workload
+from lowmem_flux2.planning.workload import Workload
 
-__all__ = ["Objective", "Selection", "StreamFrom", "limits_of", "make_plan"]
-
-TIME_SLACK = 0.15
-"""``balanced`` spends at most this share of the fastest run's time on better weights."""
-H2D_WEIGHT = 0.1
-"""Traffic is never quite free, even hidden behind compute: among equally faithful plans, a second of copying counts as
-0.1 s, and a second of reading the disk as one, so nothing is read again at each step that could stay in memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """Orders the plans of a stage: the least ``key`` is the best.
-
-    Args:
-        time_limit_s: for ``balanced``: a plan that takes longer, first read apart, comes after all that do not.
-        vram_floor_bytes, ram_floor_bytes: for ``memory``: the run needs these anyway, so lower peaks win nothing.
-    """
-
-    prefer: Preference
-    hardware: Hardware
-    time_limit_s: float = 0.0
-    vram_floor_bytes: int = 0
-    ram_floor_bytes: int = 0
-
-    def effort_us(self, stage: StagePlan) -> int:
-        """Time, disk reads and copies as one number; in microseconds, so that rounding noise never decides."""
-        cost = stage.cost
-        disk_s = cost.disk_bytes / self.hardware.disk_read_bytes_per_s
-        h2d_s = cost.h2d_bytes / self.hardware.h2d_pinned_bytes_per_s
-        return round(1e6 * (cost.time_s + disk_s + H2D_WEIGHT * h2d_s))
-
-    def key(self, stage: StagePlan) -> tuple[float, ...]:
-        cost = stage.cost
-        effort = self.effort_us(stage)
-        tail = (cost.peak_vram_bytes, cost.peak_ram_bytes, -stage.batch_size)
-        faithful = (cost.fidelity_error, stage.tile_px > 0, effort, *tail)
-        if self.prefer == "speed":
-            return (round(1e6 * cost.time_s), effort, cost.fidelity_error, *tail)
-        if self.prefer == "memory":
-            vram = max(cost.peak_vram_bytes, self.vram_floor_bytes)
-            return (vram, max(cost.peak_ram_bytes, self.ram_floor_bytes), *faithful)
-        if self.prefer == "quality":
-            return faithful
-        return (cost.steady_s > self.time_limit_s, *faithful)
+__all__ = ["Selection", "StreamFrom", "limits_of", "make_plan"]
 
 
 def make_plan(
@@ -95,24 +51,19 @@ def make_plan(
     """
     check_selection(selection, hardware)
     limits = limits_of(hardware, selection)
-    priced: dict[Stage, list[StagePlan]] = {}
-    fitting: dict[Stage, list[StagePlan]] = {}
+    jobs: dict[Stage, Job] = {}
     failures: list[DoesNotFit] = []
     for name in STAGES:
         for allowed in dict.fromkeys((support, EVERYTHING)):
-            priced[name] = Job(model, workload, hardware, selection, limits, allowed).candidates(name)
-            fitting[name] = [stage for stage in priced[name] if fits(stage, limits)]
-            if fitting[name]:
+            job = Job(model, workload, hardware, selection, limits, allowed)
+            if any(least.fits(limits) for least in job.least(name)):
+                jobs[name] = job
                 break
         else:
-            failures.append(_does_not_fit(name, priced[name], limits))
+            failures.append(_does_not_fit(name, job, limits))
     if failures:
         raise max(failures, key=lambda failure: failure.needed_bytes - failure.available_bytes)
-    chosen = _choose(fitting, selection.prefer, hardware)
-    stages = tuple(
-        replace(chosen[name], reasons=reasons_of(chosen[name], priced[name], fitting[name], selection.prefer, limits))
-        for name in STAGES
-    )
+    stages = _with_reasons(jobs, *choose(jobs))
     return Plan(
         schema_version=SCHEMA_VERSION,
         profile=profile,
@@ -127,34 +78,140 @@ def make_plan(
     )
 
 
-def _choose(
-    fitting: Mapping[Stage, Sequence[StagePlan]], prefer: Preference, hardware: Hardware
-) -> dict[Stage, StagePlan]:
-    """The denoise stage chooses first: its weights matter most to the picture, so it gets at the allowance first."""
-    vram_floor = max(min(stage.cost.peak_vram_bytes for stage in stages) for stages in fitting.values())
-    ram_floor = max(
-        min(stage.cost.peak_ram_bytes for stage in stages if stage.cost.peak_vram_bytes <= vram_floor)
-        for stages in fitting.values()
-    )
-    fastest_s = {name: min(stage.cost.steady_s for stage in stages) for name, stages in fitting.items()}
-    slack_s = TIME_SLACK * sum(fastest_s.values())
-    chosen: dict[Stage, StagePlan] = {}
-    for name in sorted(fitting, key=lambda stage: stage != "denoise"):
-        objective = Objective(prefer, hardware, fastest_s[name] + slack_s, vram_floor, ram_floor)
-        chosen[name] = min(fitting[name], key=objective.key)
-        slack_s -= chosen[name].cost.steady_s - fastest_s[name]
-    return chosen
+@dataclass(frozen=True, slots=True)
+class Option:
+    """All variants of a stage of one fidelity, and the search for the best of them."""
+
+    error: float
+    unread: int
+    weight_format: str
+    search: Search
 
 
-def _does_not_fit(stage: str, candidates: Sequence[StagePlan], limits: Limits) -> DoesNotFit:
+def options_of(job: Job, stage: Stage, value: Value) -> list[Option]:
+    """The stage's variants by their fidelity, best first. One search each."""
+    groups: dict[tuple[float, str], list[Sequence[Variant]]] = {}
+    for family in job.families(stage):
+        name = family[0].bare.weight_format
+        groups.setdefault((FORMATS[name].weight_error, name), []).append(family)
+    return [
+        Option(
+            error,
+            unread(families[0][0].bare, job.model, job.hardware),
+            name,
+            Search(families, job.hardware, job.selection.placement, job.limits, value),
+        )
+        for (error, name), families in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+Options = dict[Stage, list[Option]]
+
+
+def choose(jobs: Mapping[Stage, Job]) -> tuple[dict[Stage, StagePlan], Options]:
+    """The best run by the preference of the jobs' selection, not yet priced; each stage has a plan that fits.
+
+    Returns also the options it was chosen from.
+    """
+    prefer = jobs["denoise"].selection.prefer
+    if prefer == "memory":
+        jobs = _at_the_least(jobs)
+    value = time_then_effort if prefer == "speed" else effort
+    decode = _decode(jobs["decode"], by_time=prefer == "speed")
+    searched: tuple[Stage, ...] = ("encode", "denoise")
+    options = {name: options_of(jobs[name], name, value) for name in searched}
+    if prefer == "balanced":
+        encode, denoise = _balanced(options["encode"], options["denoise"], decode)
+    elif prefer == "speed":
+        encode, denoise = (_least(options[name]) for name in searched)
+    else:
+        encode, denoise = (_most_faithful(options[name]) for name in searched)
+    return {"encode": encode, "denoise": denoise, "decode": decode}, options
+
+
+def _with_reasons(
+    jobs: Mapping[Stage, Job], chosen: Mapping[Stage, StagePlan], options: Options
+) -> tuple[StagePlan, ...]:
+    """The stages priced, with why they are what they are."""
+    stages = []
+    for name, bare in chosen.items():
+        stage, job = jobs[name].priced(bare), jobs[name]
+        errors = [option.error for option in options.get(name, ())]
+        mine = errors.index(stage.cost.fidelity_error) if errors else 0
+        found = (option.search.run() for option in reversed(options.get(name, [])[:mine]))
+        better = None if job.selection.prefer == "memory" else next(filter(None, found), None)
+        stages.append(replace(stage, reasons=reasons_of(stage, job, better and job.priced(better))))
+    return tuple(stages)
+
+
+def _decode(job: Job, by_time: bool) -> StagePlan:
+    """Untiled where it fits: tiles change pixels."""
+    fitting = [stage for stage in job.decodes() if fits(stage, job.limits)]
+    if by_time:
+        return min(fitting, key=time_then_effort_of)
+    return min(fitting, key=lambda stage: (stage.tile_px > 0, effort_of(stage)))
+
+
+def _most_faithful(options: Sequence[Option]) -> StagePlan:
+    return next(stage for option in options if (stage := option.search.run()) is not None)
+
+
+def _least(options: Sequence[Option]) -> StagePlan:
+    """The best of all, whatever its fidelity: the search with the least bound goes on until it has found."""
+    while True:
+        best = min((option.search for option in options if option.search.bound is not None), key=_bound)
+        if best.found is not None:
+            return best.found
+        best.advance()
+
+
+def _balanced(encodes: Sequence[Option], denoises: Sequence[Option], decode: StagePlan) -> tuple[StagePlan, StagePlan]:
+    """The pair of the least balance. Only searches that could still be in it go on, so few are ever opened."""
+    pairs = [
+        (
+            encode.search,
+            denoise.search,
+            effort_of(decode) + encode.unread + denoise.unread,
+            (encode.error, denoise.error, decode.cost.fidelity_error),
+        )
+        for encode in encodes
+        for denoise in denoises
+    ]
+    while True:
+        encode, denoise, *_ = min(
+            (pair for pair in pairs if pair[0].bound is not None and pair[1].bound is not None),
+            key=lambda pair: balance(_bound(pair[0]) + _bound(pair[1]) + pair[2], pair[3]),
+        )
+        if encode.found is not None and denoise.found is not None:
+            return encode.found, denoise.found
+        for search in (encode, denoise):
+            search.advance()
+
+
+def _bound(search: Search) -> int:
+    assert search.bound is not None
+    return search.bound
+
+
+def _at_the_least(jobs: Mapping[Stage, Job]) -> dict[Stage, Job]:
+    """The jobs with no more VRAM than the run needs at the least, and no more RAM than it needs at that."""
+    needs = {name: [least for least in job.least(name) if least.fits(job.limits)] for name, job in jobs.items()}
+    vram = max(min(least.vram for least in leasts) for leasts in needs.values())
+    ram = max(min(least.ram for least in leasts if least.vram <= vram) for leasts in needs.values())
+    return {
+        name: replace(job, limits=replace(job.limits, vram_bytes=vram, ram_bytes=ram)) for name, job in jobs.items()
+    }
+
+
+def _does_not_fit(stage: Stage, job: Job, limits: Limits) -> DoesNotFit:
     """Name the scarcer resource and the least any candidate needs of it."""
-    vram = min(candidate.cost.peak_vram_bytes for candidate in candidates)
+    needs = list(job.least(stage))
+    vram = min(least.vram for least in needs)
     if vram > limits.vram_bytes:
         return DoesNotFit(stage, "vram", vram, limits.vram_bytes)
-    on_device = [candidate for candidate in candidates if candidate.cost.peak_vram_bytes <= limits.vram_bytes]
-    ram = min(candidate.cost.peak_ram_bytes for candidate in on_device)
+    on_device = [least for least in needs if least.vram <= limits.vram_bytes]
+    ram = min(least.ram for least in on_device)
     if ram > limits.ram_bytes:
         return DoesNotFit(stage, "ram", ram, limits.ram_bytes)
-    unpinnable = [candidate for candidate in on_device if not pinning_fits(candidate, limits)]
-    pinned = min(candidate.cost.host_pinned_bytes for candidate in unpinnable)
+    pinned = min(least.pinned for least in on_device if least.ram <= limits.ram_bytes)
     return DoesNotFit(stage, "pinnable ram", pinned, limits.pinnable_bytes)

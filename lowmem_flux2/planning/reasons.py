@@ -2,90 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 
+from lowmem_flux2.planning.candidates import Job, Least, fits
 from lowmem_flux2.planning.formats import FORMATS
-from lowmem_flux2.planning.plan import Limits, StagePlan
-from lowmem_flux2.planning.workload import Preference
+from lowmem_flux2.planning.plan import Limits, Placement, StagePlan
 from lowmem_flux2.units import format_bytes, format_seconds
 
 HIDDEN_SHARE = 0.02
 """Copies count as hidden where compute waits for them for less than this share of the run."""
+WAITS_FOR = {"compute": "copies", "link": "the link", "disk": "the disk", "load": "copies"}
+"""What compute waits for, by the stage's bottleneck."""
 
 
-def reasons_of(
-    chosen: StagePlan,
-    candidates: Sequence[StagePlan],
-    fitting: Sequence[StagePlan],
-    prefer: Preference,
-    limits: Limits,
-) -> tuple[str, ...]:
-    """Sentences about the weight format, the placements and the tiles."""
-    return (
-        *_formats(chosen, candidates, fitting, prefer, limits),
-        *_placements(chosen, fitting, prefer, limits),
-        *_tiles(chosen, candidates, limits),
-    )
+def reasons_of(chosen: StagePlan, job: Job, better: StagePlan | None) -> tuple[str, ...]:
+    """Sentences about the weight format, the placements and the tiles.
+
+    Args:
+        better: the best plan in the next more faithful format that fits; None where none fits.
+    """
+    return (*_formats(chosen, job, better), *_placements(chosen, job), *_tiles(chosen, job))
 
 
-def _formats(
-    chosen: StagePlan,
-    candidates: Sequence[StagePlan],
-    fitting: Sequence[StagePlan],
-    prefer: Preference,
-    limits: Limits,
-) -> Iterator[str]:
-    """Each more faithful format that was not taken."""
-    kept = [name for name in FORMATS if FORMATS[name].weight_error < chosen.cost.fidelity_error]
-    for name in kept:
-        if not (others := [stage for stage in candidates if stage.weight_format == name]):
+def _formats(chosen: StagePlan, job: Job, better: StagePlan | None) -> Iterator[str]:
+    """Each more faithful format that does not fit, and the next one that does."""
+    if chosen.stage == "decode":
+        return
+    prefer = job.selection.prefer
+    for name in dict.fromkeys(family[0].bare.weight_format for family in job.families(chosen.stage)):
+        if FORMATS[name].weight_error >= FORMATS[chosen.weight_format].weight_error:
             continue
-        if not (within := [stage for stage in fitting if stage.weight_format == name]):
-            least = min(others, key=lambda stage: (stage.cost.peak_vram_bytes, stage.cost.peak_ram_bytes))
-            yield f"not {name}: {_shortfall(least, limits)}"
+        families = [family for family in job.families(chosen.stage) if family[0].bare.weight_format == name]
+        if not any(need.fits(job.limits) for need in job.least(chosen.stage, families)):
+            closest = min(job.least(chosen.stage, families), key=lambda need: need.beyond(job.limits))
+            yield f"not {name}: {shortfall(closest, job.limits)}"
         elif prefer == "memory":
-            peak = min(within, key=lambda stage: (stage.cost.peak_vram_bytes, stage.cost.peak_ram_bytes))
-            yield f"not {name}: {_peak(peak)} against {_peak(chosen)}, prefer memory"
-        else:
-            quickest = format_seconds(min(stage.cost.time_s for stage in within))
+            vram, ram, _ = min(need for need in job.least(chosen.stage, families) if need.fits(job.limits))
+            least = f"{format_bytes(ram)} RAM" if chosen.cost.on_host else f"{format_bytes(vram)} VRAM"
+            yield f"not {name}: {least} against {peak(chosen)}, prefer memory"
+        elif better is not None and better.weight_format == name:
+            quickest = format_seconds(better.cost.time_s)
             yield f"not {name}: {quickest} against {format_seconds(chosen.cost.time_s)}, prefer {prefer}"
 
 
-def _placements(chosen: StagePlan, fitting: Sequence[StagePlan], prefer: Preference, limits: Limits) -> Iterator[str]:
+def _placements(chosen: StagePlan, job: Job) -> Iterator[str]:
     total, streamed = len(chosen.block_placements), chosen.streamed
     if not total:
         return
     if not streamed:
-        yield f"all {total} blocks resident: they fit {_budget(chosen, limits)}"
+        yield f"all {total} blocks resident: they fit {_budget(chosen, job.limits)}"
         return
     size = format_bytes(chosen.cost.slot_bytes // chosen.slots)
     plural = "slots" if chosen.slots > 1 else "slot"
     text = (
         f"{total - streamed} of {total} blocks resident, {streamed} streamed through {chosen.slots} {plural} of {size}"
     )
-    if not any(not stage.streamed for stage in fitting):
-        yield f"{text}: all resident does not fit {_budget(chosen, limits)}"
-    elif prefer == "memory":
+    whole = job.priced(replace(chosen, block_placements=(Placement.GPU,) * total, slots=0, prefetch_depth=0))
+    if not fits(whole, job.limits):
+        yield f"{text}: all resident does not fit {_budget(chosen, job.limits)}"
+    elif job.selection.prefer == "memory":
         yield f"{text}: prefer memory"
+    elif job.selection.placement != "auto":
+        yield f"{text}: asked for"
     else:
         yield f"{text}: sooner done than loading all of them first"
     share = chosen.cost.waiting_s / chosen.cost.run_s if chosen.cost.run_s else 0.0
     if share < HIDDEN_SHARE:
         yield "copies hide behind compute"
     else:
-        yield f"compute waits {format_seconds(chosen.cost.waiting_s)} ({share:.0%}) for copies"
+        waits = format_seconds(chosen.cost.waiting_s)
+        yield f"compute waits {waits} ({share:.0%}) for {WAITS_FOR[chosen.cost.bottleneck]}"
 
 
-def _tiles(chosen: StagePlan, candidates: Sequence[StagePlan], limits: Limits) -> Iterator[str]:
+def _tiles(chosen: StagePlan, job: Job) -> Iterator[str]:
     if chosen.stage != "decode":
         return
-    untiled = next((stage for stage in candidates if not stage.tile_px), None)
     if not chosen.tile_px:
         yield "untiled: tiles change pixels, and the whole picture fits"
-    elif untiled is None:
+    elif job.selection.vae_tile != "auto":
         yield f"tiles of {chosen.tile_px} px: asked for"
     else:
-        yield f"tiles of {chosen.tile_px} px: {_peak(chosen)}, untiled {_peak(untiled)}, {_budget(chosen, limits)}"
+        untiled = job.priced(replace(chosen, tile_px=0))
+        budget = _budget(chosen, job.limits)
+        yield f"tiles of {chosen.tile_px} px: {peak(chosen)}, untiled {peak(untiled)}, {budget}"
 
 
 def _budget(stage: StagePlan, limits: Limits) -> str:
@@ -94,17 +94,17 @@ def _budget(stage: StagePlan, limits: Limits) -> str:
     return f"the {format_bytes(limits.vram_bytes)} VRAM budget"
 
 
-def _peak(stage: StagePlan) -> str:
+def peak(stage: StagePlan) -> str:
+    """The stage's peak on the compute device, in words."""
     if stage.cost.on_host:
         return f"{format_bytes(stage.cost.peak_ram_bytes)} RAM"
     return f"{format_bytes(stage.cost.peak_vram_bytes)} VRAM"
 
 
-def _shortfall(stage: StagePlan, limits: Limits) -> str:
-    if stage.cost.peak_vram_bytes > limits.vram_bytes:
-        return f"needs {format_bytes(stage.cost.peak_vram_bytes)} VRAM of {format_bytes(limits.vram_bytes)}"
-    if stage.cost.peak_ram_bytes > limits.ram_bytes:
-        return f"needs {format_bytes(stage.cost.peak_ram_bytes)} RAM of {format_bytes(limits.ram_bytes)}"
-    return (
-        f"needs {format_bytes(stage.cost.host_pinned_bytes)} pinned of {format_bytes(limits.pinnable_bytes)} pinnable"
-    )
+def shortfall(need: Least, limits: Limits) -> str:
+    """What of it is not there, in words."""
+    if need.vram > limits.vram_bytes:
+        return f"needs {format_bytes(need.vram)} VRAM of {format_bytes(limits.vram_bytes)}"
+    if need.ram > limits.ram_bytes:
+        return f"needs {format_bytes(need.ram)} RAM of {format_bytes(limits.ram_bytes)}"
+    return f"needs {format_bytes(need.pinned)} pinned of {format_bytes(limits.pinnable_bytes)} pinnable"

@@ -13,16 +13,12 @@ from lowmem_flux2.errors import PlanMismatch, UsageError
 from lowmem_flux2.planning.cost import stage_cost
 from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.hardware import Hardware
-from lowmem_flux2.planning.models import Component, ModelSpec
-from lowmem_flux2.planning.plan import Limits, Placement, Plan, Stage, StagePlan
+from lowmem_flux2.planning.models import ModelSpec
+from lowmem_flux2.planning.plan import COMPONENT_OF, NON_BLOCK_OF, Limits, Plan, StagePlan
 from lowmem_flux2.planning.selection import TILE_MOST_PX, TILE_STEP_PX, Selection, limits_of, runs_on
 from lowmem_flux2.planning.support import SUPPORTED, Support
 from lowmem_flux2.planning.workload import Request, workload_of
 from lowmem_flux2.units import format_bytes
-
-COMPONENT_OF: dict[Stage, Component] = {"encode": "text_encoder", "denoise": "transformer", "decode": "vae"}
-NON_BLOCK_OF = {"encode": Placement.DISK, "denoise": Placement.GPU, "decode": Placement.GPU}
-"""Where the executor has each stage's weights outside blocks."""
 
 
 def check_plan(plan: Plan, spec: ModelSpec, source: str = "the plan") -> None:

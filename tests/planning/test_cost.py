@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Sequence
+import math
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from machines import DEV, KLEIN_4B, KLEIN_9B, KLEIN_BASE, MODELS, machine, plan_for, spec, work
 
 from lowmem_flux2.planning import cost
@@ -22,6 +18,7 @@ from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.plan import Placement, StagePlan
 from lowmem_flux2.planning.selection import Selection
+from lowmem_flux2.planning.timeline import Way
 from lowmem_flux2.units import GIB, MIB
 
 BF16 = 2
@@ -91,100 +88,7 @@ def test_decoder_flops_are_within_2_per_cent_of_torchs_count() -> None:
     assert cost.decode_flops(spec(DEV).vae, 1024, 1024) == pytest.approx(10.475e12, rel=0.02)
 
 
-# ---------------------------------------------------------------------------------------------------- time line
-
-SECONDS = st.integers(1, 60).map(lambda tenths: tenths / 10)
-COPIES = st.one_of(st.just(0.0), SECONDS)
-BLOCKS = st.lists(st.tuples(SECONDS, COPIES), min_size=1, max_size=12)
-SLOTS = st.integers(1, 4)
-
-
-def simulated(compute_s: Sequence[float], copy_s: Sequence[float], slots: int, rounds: int) -> list[float]:
-    """Length of each round, by discrete events: an engine that copies, a stream that computes, free slots counted."""
-    tasks = [(compute, copy) for _ in range(rounds) for compute, copy in zip(compute_s, copy_s, strict=True)]
-    to_copy = [number for number, (_, copy) in enumerate(tasks) if copy > 0]
-    events: list[tuple[float, int, str, int]] = []
-    arrived: set[int] = set()
-    free, now, engine_busy, stream_busy, next_task = slots, 0.0, False, False, 0
-    finished = [0.0] * len(tasks)
-    while next_task < len(tasks) or stream_busy:
-        if not engine_busy and to_copy and free:
-            number = to_copy.pop(0)
-            free, engine_busy = free - 1, True
-            heapq.heappush(events, (now + tasks[number][1], 0, "copied", number))
-        if not stream_busy and next_task < len(tasks) and (tasks[next_task][1] == 0 or next_task in arrived):
-            stream_busy = True
-            heapq.heappush(events, (now + tasks[next_task][0], 1, "computed", next_task))
-            next_task += 1
-            continue
-        now, _, kind, number = heapq.heappop(events)
-        if kind == "copied":
-            engine_busy = False
-            arrived.add(number)
-        else:
-            stream_busy = False
-            finished[number] = now
-            free += tasks[number][1] > 0
-    ends = [0.0, *finished[len(compute_s) - 1 :: len(compute_s)]]
-    return [end - start for start, end in pairwise(ends)]
-
-
-@settings(deadline=None, max_examples=300)
-@given(BLOCKS, SLOTS)
-def test_the_time_line_agrees_with_an_event_simulation(blocks: list[tuple[float, float]], slots: int) -> None:
-    compute, copies = zip(*blocks, strict=True)
-    line = cost.timeline(compute, copies, slots)
-    assert line.step_s == pytest.approx(simulated(compute, copies, slots, cost.ROUNDS_SIMULATED)[-1])
-
-
-@settings(deadline=None, max_examples=300)
-@given(BLOCKS, SLOTS)
-def test_the_reported_round_is_the_steady_one(blocks: list[tuple[float, float]], slots: int) -> None:
-    compute, copies = zip(*blocks, strict=True)
-    rounds = simulated(compute, copies, slots, 40)
-    assert cost.timeline(compute, copies, slots).step_s == pytest.approx(sum(rounds[-10:]) / 10, rel=1e-6)
-
-
-@given(BLOCKS, SLOTS)
-def test_a_step_takes_its_compute_and_its_waiting(blocks: list[tuple[float, float]], slots: int) -> None:
-    compute, copies = zip(*blocks, strict=True)
-    line = cost.timeline(compute, copies, slots)
-    assert line.step_s == pytest.approx(sum(compute) + line.waiting_s)
-    assert line.waiting_s >= 0
-    assert line.step_s >= sum(copies) - 1e-9
-    assert line.step_s <= sum(compute) + sum(copies) + 1e-9
-
-
-@given(st.lists(st.tuples(SECONDS, SECONDS), min_size=1, max_size=12))
-def test_one_slot_hides_nothing(blocks: list[tuple[float, float]]) -> None:
-    """The next copy waits until the slot's block is computed; only resident blocks in between would give it cover."""
-    compute, copies = zip(*blocks, strict=True)
-    assert cost.timeline(compute, copies, 1).step_s == pytest.approx(sum(compute) + sum(copies))
-
-
-@given(st.lists(SECONDS, min_size=1, max_size=12), SLOTS)
-def test_without_copies_a_step_is_its_compute(compute: list[float], slots: int) -> None:
-    assert cost.timeline(compute, [0.0] * len(compute), slots) == cost.Timeline(sum(compute), 0.0)
-
-
-@given(BLOCKS, SLOTS, st.floats(1, 5))
-def test_slower_copies_and_fewer_slots_never_shorten_a_step(
-    blocks: list[tuple[float, float]], slots: int, factor: float
-) -> None:
-    compute, copies = zip(*blocks, strict=True)
-    step = cost.timeline(compute, copies, slots).step_s
-    assert cost.timeline(compute, [factor * copy for copy in copies], slots).step_s >= step - 1e-9
-    assert cost.timeline(compute, copies, slots + 1).step_s <= step + 1e-9
-
-
-@given(BLOCKS, SLOTS, st.data())
-def test_a_block_that_stays_never_lengthens_a_step(
-    blocks: list[tuple[float, float]], slots: int, data: st.DataObject
-) -> None:
-    compute, copies = zip(*blocks, strict=True)
-    index = data.draw(st.integers(0, len(blocks) - 1))
-    fewer = [0.0 if at == index else copy for at, copy in enumerate(copies)]
-    assert cost.timeline(compute, fewer, slots).step_s <= cost.timeline(compute, copies, slots).step_s + 1e-9
+# ---------------------------------------------------------------------------------------------------- streaming
 
 
 def streaming(hardware: Hardware, name: str = "bf16") -> StagePlan:
@@ -321,14 +225,27 @@ def test_a_class_that_the_device_lacks_runs_at_the_fp32_rate() -> None:
     assert cost.compute_rate(turing, "fp16") == turing.matmul_flops_per_s["fp16"]
 
 
-def test_disk_blocks_come_at_the_slower_of_disk_and_link() -> None:
+def test_a_disk_block_passes_the_disk_and_then_the_link() -> None:
     hardware = machine("rtx-3060-12gb")
-    assert cost.copy_seconds(Placement.GPU, 10**9, hardware) == 0
-    assert cost.copy_seconds(Placement.PINNED, 10**9, hardware) == 1e9 / hardware.h2d_pinned_bytes_per_s
-    assert cost.copy_seconds(Placement.PAGEABLE, 10**9, hardware) == 1e9 / hardware.h2d_pageable_bytes_per_s
-    quick = replace(hardware, disk_read_bytes_per_s=1e12)
-    assert cost.copy_seconds(Placement.DISK, 10**9, quick) == 1e9 / quick.h2d_pinned_bytes_per_s
-    assert cost.copy_seconds(Placement.DISK, 10**9, hardware) == 1e9 / hardware.disk_read_bytes_per_s
+    disk, link, pageable = (
+        math.ceil(10**18 / rate)
+        for rate in (
+            hardware.disk_read_bytes_per_s,
+            hardware.h2d_pinned_bytes_per_s,
+            hardware.h2d_pageable_bytes_per_s,
+        )
+    )
+    assert cost.passage(Placement.GPU, 10**9, hardware) == (Way.RESIDENT, 0, 0)
+    assert cost.passage(Placement.PINNED, 10**9, hardware) == (Way.PINNED, 0, link)
+    assert cost.passage(Placement.PAGEABLE, 10**9, hardware) == (Way.PAGEABLE, 0, pageable)
+    assert cost.passage(Placement.DISK, 10**9, hardware) == (Way.DISK, disk, link)
+
+
+def test_on_a_cpu_the_worker_thread_reads_right_into_the_slot() -> None:
+    hardware = machine("cpu")
+    read = math.ceil(10**18 / hardware.disk_read_bytes_per_s)
+    assert cost.passage(Placement.DISK, 10**9, hardware) == (Way.PAGEABLE, 0, read)
+    assert cost.passage(Placement.GPU, 10**9, hardware).way is Way.RESIDENT
 
 
 def test_weight_formats_carry_their_error_and_its_provenance() -> None:

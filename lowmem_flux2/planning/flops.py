@@ -1,0 +1,81 @@
+"""FLOPs of each stage, linear and attention apart, and how long the device computes them. Closed forms, no torch.
+
+Rates are ``Hardware``'s: peak times an achievable fraction of its own for matmuls and for attention, assumed or
+measured as the profile says. A matmul runs in the class of the compute dtype; weights stored in fewer bits are expanded
+to it first.
+"""
+
+from __future__ import annotations
+
+from lowmem_flux2.planning.activations import decoder_channels
+from lowmem_flux2.planning.hardware import Hardware
+from lowmem_flux2.planning.models import ModelSpec, VaeSpec
+from lowmem_flux2.planning.workload import Workload
+
+CONVOLUTION_SHARE = 0.5
+"""Share of the matmul rate that convolutions reach. Assumed; calibration is to replace it."""
+STEP_OVERHEADS = 4
+"""Launches of a step outside its blocks (projections, norm, scheduler), in block overheads. Assumed."""
+DECODER_OVERHEADS = 20
+"""Launches of the decoder's 14 resnets, attention and convolutions, in block overheads. Assumed."""
+CHUNK_OVERHEADS = 0.5
+"""Launches of each chunk of tokens beyond the first (feed-forward, attention output), in block overheads. Assumed."""
+
+
+def block_flops(model: ModelSpec, workload: Workload, batch: int) -> tuple[float, float, float]:
+    """(linear of a double-stream block, linear of a single-stream block, attention of either) of one pass.
+
+    2 FLOPs per weight and token that the weight sees: half a double-stream block's weights see the image, half the
+    text, all of a single-stream block's see both. Attention is 4 S^2 h.
+    """
+    dims, tokens = model.transformer, workload.sequence_tokens
+    double = batch * tokens * dims.double_block.linear_weights
+    single = 2 * batch * tokens * dims.single_block.linear_weights
+    return double, single, 4 * batch * tokens**2 * dims.hidden_size
+
+
+def layer_flops(model: ModelSpec, workload: Workload, prompts: int) -> tuple[float, float]:
+    """(linear, attention) of one text encoder layer in one pass over ``prompts`` prompts of text_tokens each."""
+    dims, tokens = model.text_encoder, workload.text_tokens
+    linear = 2 * dims.layer.linear_weights * prompts * tokens
+    return linear, 4 * prompts * tokens**2 * dims.num_heads * dims.head_dim
+
+
+def decode_flops(vae: VaeSpec, width: int, height: int) -> float:
+    """2 x 9 x C_in x C_out x pixels for each 3x3 convolution (two a resnet, one an upsampler), and attention."""
+    channels = decoder_channels(vae)
+    flops = 0.0
+    for level, channels_out in enumerate(channels):
+        channels_in = channels[max(level - 1, 0)]
+        shrink = 2 ** (len(channels) - 1 - level)
+        pixels = (width // shrink) * (height // shrink)
+        convolutions = channels_in * channels_out + (2 * vae.layers_per_block + 1) * channels_out**2
+        upsampler = 4 * channels_out**2 if level < len(channels) - 1 else 0
+        flops += 18 * pixels * (convolutions + upsampler)
+    latents = (width // vae.spatial_factor) * (height // vae.spatial_factor)
+    flops += 18 * latents * 4 * channels[0] ** 2
+    return flops + (4 * latents**2 * channels[0] if vae.mid_attention else 0)
+
+
+def compute_rate(hardware: Hardware, compute_dtype: str) -> float:
+    """Matmul FLOP/s of the compute dtype's class; a class that the device lacks runs at the fp32 rate."""
+    return hardware.matmul_flops_per_s.get(compute_dtype, hardware.matmul_flops_per_s["fp32"])
+
+
+def attention_rate(hardware: Hardware, compute_dtype: str) -> float:
+    """Attention FLOP/s of the compute dtype's class.
+
+    The profile has the rate of the device's main 16-bit class. In fp32 on a GPU no fused kernel uses tensor cores:
+    attention is fp32 matmuls, at that class's rate at most.
+    """
+    rate = hardware.attention_flops_per_s
+    if compute_dtype != "fp32" or hardware.device == "cpu":
+        return rate
+    return min(rate, compute_rate(hardware, "fp32"))
+
+
+def compute_seconds(hardware: Hardware, compute_dtype: str, linear_flops: float, attention_flops: float) -> float:
+    """Linear and attention FLOPs, each at its class's rate, and the overhead of one block."""
+    linear_s = linear_flops / compute_rate(hardware, compute_dtype)
+    attention_s = attention_flops / attention_rate(hardware, compute_dtype)
+    return linear_s + attention_s + hardware.block_overhead_s
