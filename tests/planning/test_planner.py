@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any, get_args
 
 import pytest
+from everything import everything
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from machines import (
@@ -27,27 +29,20 @@ from lowmem_flux2.errors import DoesNotFit, UsageError
 from lowmem_flux2.planning.candidates import Job, fits
 from lowmem_flux2.planning.cost import block_sizes, stage_cost
 from lowmem_flux2.planning.formats import PLAIN_FORMATS
-from lowmem_flux2.planning.hardware import Hardware, list_profiles
-from lowmem_flux2.planning.plan import STAGES, Limits, Placement, Plan, Stage, StagePlan
-from lowmem_flux2.planning.planner import TIME_SLACK, Objective, limits_of
+from lowmem_flux2.planning.hardware import list_profiles
+from lowmem_flux2.planning.models import ModelSpec
+from lowmem_flux2.planning.objective import Objective, effort_of, time_then_effort_of
+from lowmem_flux2.planning.plan import STAGES, Limits, Placement, Plan, StagePlan
+from lowmem_flux2.planning.planner import limits_of
 from lowmem_flux2.planning.planner import make_plan as plan_with_support
 from lowmem_flux2.planning.selection import Selection, with_ram_for
-from lowmem_flux2.planning.support import EVERYTHING, Support
-from lowmem_flux2.planning.workload import Preference, Workload
+from lowmem_flux2.planning.support import EVERYTHING
+from lowmem_flux2.planning.workload import Preference
 from lowmem_flux2.units import GIB, MIB
 
 PREFERENCES: tuple[Preference, ...] = get_args(Preference)
 make_plan = partial(plan_with_support, support=SUPPORTED)
 SMALL_AND_LARGE = ("rtx-2060-6gb", "rtx-3060-12gb", "rtx-4090-24gb", "h100-80gb", "cpu")
-
-
-def candidates(
-    name: str, workload: Workload, hardware: Hardware, selection: Selection, stage: Stage, support: Support = SUPPORTED
-) -> list[StagePlan]:
-    """What the planner chose the stage from: everything that fits."""
-    limits = limits_of(hardware, selection)
-    job = Job(spec(name), workload, hardware, selection, limits, support)
-    return [candidate for candidate in job.candidates(stage) if fits(candidate, limits)]
 
 
 def assert_within(plan: Plan, limits: Limits) -> None:
@@ -104,39 +99,65 @@ def test_a_large_card_holds_klein_whole_for_many_steps() -> None:
 
 def test_one_pass_over_the_text_encoder_loads_nothing_that_it_could_stream() -> None:
     encode = plan_for(DEV, "rtx-3060-12gb", 64).stage("encode")
-    assert encode.cost.load_s < 1
+    assert encode.cost.load_s < 2
     assert encode.count(Placement.DISK) == 30
 
 
 # ------------------------------------------------------------------------------------------------- preferences
 
 
+def short(layers: int, double: int, single: int) -> ModelSpec:
+    """Klein-4b with so few blocks that every plan can be tried."""
+    model = spec(KLEIN_4B)
+    return replace(
+        model,
+        text_encoder=replace(model.text_encoder, out_layers=(layers,)),
+        transformer=replace(model.transformer, num_double=double, num_single=single),
+    )
+
+
+@pytest.mark.parametrize("prefer", PREFERENCES)
 @pytest.mark.parametrize(
-    "support", [UNQUANTIZED, SUPPORTED, EVERYTHING], ids=["unquantized", "this version", "everything"]
+    ("vram_mib", "ram_mib"), [(1700, 1500), (1700, 3000), (2200, 1800), (2600, 4000), (9000, 9000)]
 )
+@pytest.mark.parametrize("profile", ["rtx-3060-12gb", "cpu"])
+def test_no_run_of_all_that_fit_is_rated_better(profile: str, vram_mib: int, ram_mib: int, prefer: Preference) -> None:
+    model, workload = short(3, 1, 3), work(KLEIN_4B, 512)
+    hardware = replace(machine(profile), matmul_flops_per_s=dict.fromkeys(("fp32", "bf16", "int8"), 4e12))
+    support = replace(EVERYTHING, weight_formats=frozenset({"bf16", "int8", "nf4"}), chunk_tokens=False)
+    selection = Selection(prefer=prefer, max_vram_bytes=vram_mib * MIB, max_ram_bytes=ram_mib * MIB)
+    plan = plan_with_support(model, workload, hardware, selection, profile=profile, support=support)
+    job = Job(model, workload, hardware, selection, limits_of(hardware, selection), support)
+    every = {"encode": list(everything(job, "encode")), "denoise": list(everything(job)), "decode": job.decodes()}
+    # Of plans that are alike in what else counts, those of the least time and of the least effort suffice.
+    few = [thinned([stage for stage in every[name] if fits(stage, job.limits)]) for name in STAGES]
+    rating = Objective(prefer, model, hardware).rating
+    assert rating(plan.stages) == min(map(rating, product(*few)))
+
+
+def thinned(stages: list[StagePlan]) -> list[StagePlan]:
+    best: dict[Any, StagePlan] = {}
+    for stage in stages:
+        cost = stage.cost
+        for key in (time_then_effort_of, effort_of):
+            alike = key, cost.peak_vram_bytes, cost.peak_ram_bytes, cost.fidelity_error, stage.tile_px
+            best[alike] = min(best.get(alike, stage), stage, key=key)
+    return list({id(stage): stage for stage in best.values()}.values())
+
+
 @pytest.mark.parametrize("profile", SMALL_AND_LARGE)
 @pytest.mark.parametrize("name", [DEV, KLEIN_BASE])
-def test_each_preference_has_the_best_candidate(name: str, profile: str, support: Support) -> None:
-    hardware, workload = machine(profile, 32), work(name)
-    plans = {
-        prefer: make_plan(spec(name), workload, hardware, Selection(prefer=prefer), profile=profile, support=support)
-        for prefer in PREFERENCES
-    }
-    found = {stage: candidates(name, workload, hardware, Selection(), stage, support) for stage in STAGES}
-    fastest_s = sum(min(candidate.cost.steady_s for candidate in found[stage]) for stage in STAGES)
-    for stage in STAGES:
-        for prefer in ("speed", "quality"):
-            key = Objective(prefer, hardware).key
-            assert key(plans[prefer].stage(stage)) == min(map(key, found[stage]))
-        assert plans["quality"].stage(stage).cost.fidelity_error == min(c.cost.fidelity_error for c in found[stage])
-    least_vram = max(min(c.cost.peak_vram_bytes for c in found[stage]) for stage in STAGES)
-    assert plans["memory"].peak_vram_bytes == least_vram
+def test_each_preference_is_best_at_what_it_prefers(name: str, profile: str) -> None:
+    plans = {prefer: plan_for(name, profile, 32, selection=Selection(prefer=prefer)) for prefer in PREFERENCES}
+    assert min(plans.values(), key=lambda plan: plan.time_s).time_s == pytest.approx(plans["speed"].time_s, abs=1e-5)
+    assert plans["quality"].fidelity_error == min(plan.fidelity_error for plan in plans.values())
     assert plans["memory"].peak_vram_bytes == min(plan.peak_vram_bytes for plan in plans.values())
-    if hardware.device == "cpu":
+    if profile == "cpu":
         assert plans["memory"].peak_ram_bytes == min(plan.peak_ram_bytes for plan in plans.values())
-    steady_s = sum(stage.cost.steady_s for stage in plans["balanced"].stages)
-    assert steady_s <= (1 + TIME_SLACK) * fastest_s + 1e-6
-    assert plans["balanced"].fidelity_error <= plans["speed"].fidelity_error
+    assert plans["quality"].fidelity_error <= plans["balanced"].fidelity_error <= plans["speed"].fidelity_error
+    for prefer in PREFERENCES:
+        rating = Objective(prefer, spec(name), machine(profile, 32)).rating
+        assert all(rating(plans[prefer].stages) <= rating(other.stages) for other in plans.values())
 
 
 def test_memory_gives_nothing_up_where_the_run_needs_more_anyway() -> None:
@@ -152,86 +173,74 @@ def test_tiles_come_when_the_whole_picture_does_not_fit() -> None:
 
 # ------------------------------------------------------------------------------------------------ monotonicity
 
-SIZES = st.sampled_from([512, 1024, 1536])
-CARDS = st.sampled_from(["rtx-2060-6gb", "rtx-3060-12gb", "rtx-4060-ti-16gb", "rtx-4090-24gb", "l4-24gb"])
+MACHINES = st.sampled_from(
+    ["rtx-2060-6gb", "rtx-3060-12gb", "rtx-4060-8gb", "rtx-4060-ti-16gb", "rtx-4090-24gb", "l4-24gb", "cpu"]
+)
+GROWS = (
+    "vram",
+    "ram",
+    "pinnable_bytes",
+    "pin_bytes_per_s",
+    "h2d_pinned_bytes_per_s",
+    "h2d_pageable_bytes_per_s",
+    "disk_read_bytes_per_s",
+    "matmul_flops_per_s",
+    "attention_flops_per_s",
+)
 
 
-def rates(plan: Plan, hardware: Hardware, prefer: Preference) -> list[tuple[float, ...]]:
-    """Each stage by the plan's own objective, footprints (its last resort among equals) apart."""
-    key = Objective(prefer, hardware).key
-    return [key(stage)[:1] if prefer == "speed" else key(stage)[:3] for stage in plan.stages]
-
-
-def no_worse(before: tuple[float, ...], after: tuple[float, ...], tolerance: float) -> bool:
-    """The first number that differs by more than the tolerance decides, as in the objective itself."""
-    for was, now in zip(before, after, strict=True):
-        if abs(now - was) > tolerance * was:
-            return now < was
-    return True
-
-
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=60)
 @given(
-    st.sampled_from(MODELS),
-    CARDS,
-    SIZES,
+    st.sampled_from([*MODELS, KLEIN_BASE]),
+    MACHINES,
+    st.sampled_from([512, 1024, 1536]),
     st.integers(1, 3),
     st.integers(30, 240),
-    st.integers(1, 80),
-    st.sampled_from(["speed", "quality"]),
+    st.integers(10, 640),
+    st.sampled_from(GROWS),
+    st.floats(1.001, 3),
+    st.sampled_from(PREFERENCES),
 )
-def test_more_vram_never_gives_a_worse_plan(
-    name: str, profile: str, px: int, images: int, tenths_gib: int, more: int, prefer: Preference
+def test_a_better_machine_never_gives_a_worse_plan(
+    name: str,
+    profile: str,
+    px: int,
+    images: int,
+    vram_tenths_gib: int,
+    ram_tenths_gib: int,
+    what: str,
+    factor: float,
+    prefer: Preference,
 ) -> None:
-    hardware = replace(machine(profile, 32), vram_bytes=80 * GIB)
+    """More memory or bandwidth, by any amount: the plan's own objective never rates it worse, exactly."""
+    model, workload = spec(name), work(name, px, images)
 
-    def at(cap: int) -> Plan:
-        selection = Selection(prefer=prefer, max_vram_bytes=cap * GIB // 10)
-        return make_plan(spec(name), work(name, px, images), hardware, selection, profile=profile)
+    def rated(grown: float) -> tuple[float, ...]:
+        vram, ram = (tenths * GIB // 10 for tenths in (vram_tenths_gib, ram_tenths_gib))
+        hardware = replace(machine(profile), vram_bytes=200 * GIB if profile != "cpu" else 0)
+        if what == "ram":
+            ram = int(grown * ram)
+        hardware = with_ram_for(hardware, ram)
+        if what == "vram":
+            vram = int(grown * vram)
+        elif what == "matmul_flops_per_s":
+            rates = {kind: grown * rate for kind, rate in hardware.matmul_flops_per_s.items()}
+            hardware = replace(hardware, matmul_flops_per_s=rates)
+        elif what != "ram":
+            value = getattr(hardware, what)
+            hardware = replace(hardware, **{what: type(value)(grown * value)})
+        # A copy from pageable memory goes through pinned memory: no machine has it faster.
+        pageable = min(hardware.h2d_pageable_bytes_per_s, hardware.h2d_pinned_bytes_per_s)
+        hardware = replace(hardware, h2d_pageable_bytes_per_s=pageable)
+        selection = Selection(prefer=prefer, max_vram_bytes=vram, max_ram_bytes=ram)
+        plan = plan_with_support(model, workload, hardware, selection, profile=profile, support=EVERYTHING)
+        return Objective(prefer, model, hardware).rating(plan.stages)
 
     try:
-        small = at(tenths_gib)
+        before = rated(1)
     except DoesNotFit:
         return
-    large = at(tenths_gib + more)
-    if not small.not_executable:
-        for worse, better in zip(rates(small, hardware, prefer), rates(large, hardware, prefer), strict=True):
-            assert no_worse(worse, better, VRAM_TOLERANCE)
-
-
-VRAM_TOLERANCE = 0.005
-"""Fewer slots are tried only with more residents than more slots hold; pinning one slot's ring is a little quicker."""
-RAM_TOLERANCE = 0.02
-"""Host tiers are filled greedily, pinned first or pageable first, not in every mixture: more RAM can shift a mixture
-away from one that was a little better."""
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    st.sampled_from(MODELS),
-    CARDS,
-    SIZES,
-    st.integers(1, 3),
-    st.integers(30, 640),
-    st.integers(1, 200),
-    st.sampled_from(["speed", "quality"]),
-)
-def test_more_ram_never_gives_a_plan_worse_by_more_than_the_tolerance(
-    name: str, profile: str, px: int, images: int, tenths_gib: int, more: int, prefer: Preference
-) -> None:
-    def at(cap: int) -> Plan:
-        hardware = with_ram_for(machine(profile), cap * GIB // 10)
-        selection = Selection(prefer=prefer, max_ram_bytes=cap * GIB // 10)
-        return make_plan(spec(name), work(name, px, images), hardware, selection, profile=profile)
-
-    try:
-        small = at(tenths_gib)
-    except DoesNotFit:
-        return
-    large = at(tenths_gib + more)
-    hardware = machine(profile)
-    for worse, better in zip(rates(small, hardware, prefer), rates(large, hardware, prefer), strict=True):
-        assert no_worse(worse, better, RAM_TOLERANCE)
+    assert rated(factor) <= before
 
 
 # ------------------------------------------------------------------------------------------------ forced flags
@@ -446,15 +455,6 @@ def test_a_model_with_a_single_block_is_planned_on_any_machine() -> None:
 # ------------------------------------------------------------------------------------------------ from the reviews
 
 
-def test_speed_is_the_fastest_plan_that_fits() -> None:
-    for name, profile in ((DEV, "rtx-3060-12gb"), (KLEIN_9B, "rtx-2060-6gb"), (KLEIN_4B, "rtx-4090-24gb")):
-        selection, hardware = Selection(prefer="speed"), machine(profile)
-        plan = plan_for(name, profile, selection=selection)
-        for stage in STAGES:
-            fitting = candidates(name, work(name), hardware, selection, stage, SUPPORTED)
-            assert plan.stage(stage).cost.time_s == pytest.approx(min(c.cost.time_s for c in fitting), abs=2e-6)
-
-
 def test_ram_that_only_loading_without_an_arena_would_need_is_filled() -> None:
     plan = plan_for(DEV, "rtx-3060-12gb", 32, selection=Selection(weight_format="bf16"))
     denoise = plan.stage("denoise")
@@ -474,15 +474,8 @@ def test_the_largest_shortfall_is_reported_whichever_stage_it_is_in() -> None:
         plan_for(KLEIN_4B, "rtx-3060-12gb", px=2048, selection=selection)
     hardware, error = machine("rtx-3060-12gb"), caught.value
     limits = limits_of(hardware, selection)
-    least = {
-        stage: min(
-            c.cost.peak_vram_bytes
-            for c in Job(spec(KLEIN_4B), work(KLEIN_4B, 2048), hardware, selection, limits, EVERYTHING).candidates(
-                stage
-            )
-        )
-        for stage in STAGES
-    }
+    job = Job(spec(KLEIN_4B), work(KLEIN_4B, 2048), hardware, selection, limits, EVERYTHING)
+    least = {stage: min(need.vram for need in job.least(stage)) for stage in STAGES}
     assert error.stage == max(STAGES, key=lambda stage: least[stage]) == "decode"
     assert least["encode"] > limits.vram_bytes
     assert error.needed_bytes == least["decode"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from typing import get_args
 
 import pytest
+from everything import everything
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from machines import DEV, KLEIN_4B, machine, spec, work
@@ -16,14 +16,12 @@ from lowmem_flux2.planning.candidates import Job, fits
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.objective import effort, effort_of, time_then_effort, time_then_effort_of
-from lowmem_flux2.planning.plan import Limits, Placement, StagePlan
+from lowmem_flux2.planning.plan import Limits
 from lowmem_flux2.planning.residency import TieredBlocks, residency_order
 from lowmem_flux2.planning.search import SLOT_COUNTS, Search
 from lowmem_flux2.planning.selection import Selection, StreamFrom, limits_of
 from lowmem_flux2.planning.support import EVERYTHING
 from lowmem_flux2.units import GIB, MIB
-
-GPU, PINNED, PAGEABLE, DISK = Placement
 
 
 @cache
@@ -31,39 +29,6 @@ def short(double: int, single: int) -> ModelSpec:
     """Klein-4b with fewer blocks, of which everything can be tried."""
     model = spec(KLEIN_4B)
     return replace(model, transformer=replace(model.transformer, num_double=double, num_single=single))
-
-
-def everything(job: Job) -> Iterator[StagePlan]:
-    """Every plan in the running, priced by the cost model alone."""
-    fixed, on_host = job.selection.placement, job.hardware.device == "cpu"
-    for family in job.families("denoise"):
-        for variant in family:
-            n = len(variant.work.block_bytes)
-            order = residency_order(variant.work.block_bytes)
-            if fixed in ("auto", "resident"):
-                yield job.priced(replace(variant.bare, block_placements=(GPU,) * n))
-            for slots in SLOT_COUNTS:
-                for resident in range(n - slots + (fixed != "auto")):
-                    for in_ram in range(n - resident + 1):
-                        for pinned in range(in_ram + 1):
-                            if not allowed(fixed, on_host, n - resident, in_ram, pinned):
-                                continue
-                            placements = [DISK] * n
-                            for rank, index in enumerate(order[: resident + in_ram]):
-                                is_pinned = rank < resident + pinned
-                                placements[index] = GPU if rank < resident else PINNED if is_pinned else PAGEABLE
-                            bare = replace(variant.bare, slots=slots, prefetch_depth=slots - 1)
-                            yield job.priced(replace(bare, block_placements=tuple(placements)))
-
-
-def allowed(fixed: StreamFrom, on_host: bool, streamed: int, in_ram: int, pinned: int) -> bool:
-    if fixed == "pinned":
-        return pinned == streamed
-    if fixed == "pageable":
-        return (in_ram, pinned) == (streamed, 0)
-    if fixed == "resident":
-        return False
-    return in_ram == 0 if fixed == "disk" or on_host else True
 
 
 GIGA = st.sampled_from([1e9, 2.5e9, 4e9, 8e9, 16e9, 50e9])
@@ -81,10 +46,11 @@ def jobs(draw: st.DrawFn) -> Job:
         pin_bytes_per_s=draw(GIGA),
         matmul_flops_per_s={kind: draw(GIGA) * 5e3 for kind in hardware.matmul_flops_per_s},
     )
+    ram = draw(st.integers(1000, 5000)) * MIB
     limits = Limits(
         vram_bytes=draw(st.integers(1200, 5000)) * MIB,
-        ram_bytes=draw(st.integers(1000, 5000)) * MIB,
-        pinnable_bytes=draw(st.integers(0, 3000)) * MIB,
+        ram_bytes=ram,
+        pinnable_bytes=draw(st.integers(0, 3000)) * MIB if hardware.device == "cuda" else ram,
     )
     model = short(draw(st.integers(0, 2)), draw(st.integers(1, 4)))
     workload = work(
