@@ -12,7 +12,7 @@ from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.objective import time_then_effort, time_then_effort_of
 from lowmem_flux2.planning.plan import Limits, Placement, Stage, StagePlan
-from lowmem_flux2.planning.residency import TieredBlocks, Variant
+from lowmem_flux2.planning.residency import Variant
 from lowmem_flux2.planning.search import Search, cuts
 from lowmem_flux2.planning.selection import Selection, compute_dtype, runs_on
 from lowmem_flux2.planning.support import Support
@@ -98,8 +98,7 @@ class Job:
             fitting = [candidate for candidate in self.decodes() if accept(candidate) and fits(candidate, self.limits)]
             return min(fitting, key=time_then_effort_of, default=None)
         families = [[variant for variant in family if accept(variant.bare)] for family in self.families(stage)]
-        search = Search(filter(None, families), self.hardware, self.selection.placement, self.limits, time_then_effort)
-        found = search.run()
+        found = Search(filter(None, families), self.selection.placement, self.limits, time_then_effort).run()
         return None if found is None else self.priced(found)
 
     def within(self, device_bytes: int) -> Job:
@@ -119,7 +118,7 @@ class Job:
             return
         placement = self.selection.placement
         for variant in (variant for family in families or self.families(stage) for variant in family):
-            blocks = TieredBlocks(variant, self.hardware)
+            blocks = variant.blocks
             for slots, all_in_ram, numbers in cuts(blocks, placement):
                 if slots > 1 or (slots and all_in_ram and placement == "auto"):
                     continue  # one slot needs least; its ring is never larger than the blocks that need not rest in RAM
@@ -129,7 +128,7 @@ class Job:
                     yield Least(blocks.vram(resident, slots), *blocks.ram_and_pinned(resident, pinned, end, slots))
 
     def _variant(self, bare: StagePlan) -> Variant:
-        return Variant(bare, stage_work(bare, self.model, self.workload, self.hardware))
+        return Variant(bare, stage_work(bare, self.model, self.workload, self.hardware), self.hardware)
 
     def _chunks(self) -> list[int]:
         if not self.support.chunk_tokens:

@@ -266,7 +266,7 @@ class Plan:
             raise UsageError(
                 f"{source}: plan schema {raw.get('schema_version')}, this version reads {SCHEMA_VERSION}; plan again"
             )
-        kept = {key: value for key, value in raw.items() if key != "predicted"}
+        kept = {key: value for key, value in raw.items() if key not in _BESIDES}
         kept["stages"] = [_without_derived(stage) for stage in raw["stages"]]
         try:
             plan = _PLAN.validate_python(kept)
@@ -276,6 +276,10 @@ class Plan:
             raise UsageError(f"{source}: {where}: {first['msg']}") from None
         _check_names(plan, source)
         return plan
+
+
+_BESIDES = ("predicted", "pareto", "rejected")
+"""Keys of a plan's JSON that say more than what is to be carried out."""
 
 
 def _check_names(plan: Plan, source: str) -> None:

@@ -99,7 +99,7 @@ def options_of(job: Job, stage: Stage, value: Value) -> list[Option]:
             error,
             unread(families[0][0].bare, job.model, job.hardware),
             name,
-            Search(families, job.hardware, job.selection.placement, job.limits, value),
+            Search(families, job.selection.placement, job.limits, value),
         )
         for (error, name), families in sorted(groups.items(), key=lambda item: item[0])
     ]

@@ -101,6 +101,12 @@ def peak(stage: StagePlan) -> str:
     return f"{format_bytes(stage.cost.peak_vram_bytes)} VRAM"
 
 
+def shortfall_of(stage: StagePlan, limits: Limits) -> str:
+    """What of a stage that does not fit is not there, in words."""
+    cost = stage.cost
+    return shortfall(Least(cost.peak_vram_bytes, cost.peak_ram_bytes, cost.host_pinned_bytes), limits)
+
+
 def shortfall(need: Least, limits: Limits) -> str:
     """What of it is not there, in words."""
     if need.vram > limits.vram_bytes:

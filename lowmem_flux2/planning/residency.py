@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 from lowmem_flux2.planning.cost import StageWork, Tiers, device_bytes, host_bytes, passage
@@ -38,20 +38,26 @@ def residency_order(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(order)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Variant:
     """A stage but for slots and placements, and what it works on."""
 
     bare: StagePlan
     work: StageWork
+    hardware: Hardware
+
+    @cached_property
+    def blocks(self) -> TieredBlocks:
+        """Made when first looked at: of most variants nobody does."""
+        return TieredBlocks(self)
 
 
 class TieredBlocks:
     """A variant's blocks in residency order, with running sums of their bytes and of what their passages take."""
 
-    def __init__(self, variant: Variant, hardware: Hardware) -> None:
-        self.bare, self.work, self.hardware = variant.bare, variant.work, hardware
-        work = variant.work
+    def __init__(self, variant: Variant) -> None:
+        self.bare, self.work, self.hardware = variant.bare, variant.work, variant.hardware
+        work, hardware = self.work, self.hardware
         self.on_host = hardware.device == "cpu"
         self.total = len(work.block_bytes)
         self._vram: dict[tuple[int, int], int] = {}
@@ -90,6 +96,10 @@ class TieredBlocks:
             device = device_bytes(self.work, self.bytes[resident], slots * self.largest_streamed(resident))
             found = self._vram[resident, slots] = self.hardware.context_bytes + sum(device)
         return found
+
+    def peak(self, resident: int, slots: int) -> int:
+        """Peak of the compute device's memory: VRAM, or on a CPU RAM, with the other blocks on disk."""
+        return self.ram(self.tiers(resident, resident, resident, slots)) if self.on_host else self.vram(resident, slots)
 
     def ram(self, tiers: Tiers) -> int:
         return tiers.pinned + tiers.ring + host_bytes(self.work, tiers, self.on_host)

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lowmem_flux2.planning.cost import Tiers, load_ns
-from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.plan import Limits, Placement, StagePlan
 from lowmem_flux2.planning.residency import TieredBlocks, Variant
 from lowmem_flux2.planning.selection import StreamFrom
@@ -67,6 +66,11 @@ class _Box(NamedTuple):
     def is_point(self) -> bool:
         return self.least == self.most
 
+    @property
+    def least_peak_bytes(self) -> int:
+        """Peak of the compute device's memory with the fewest residents; for more, it is hardly ever less."""
+        return self.root.blocks.peak(self.root.residents[self.least[0]], self.root.slots)
+
     def halves(self) -> Iterator[_Box]:
         """Split along the longest range, the faster half first."""
         widths = [most - least for least, most in zip(self.least, self.most, strict=True)]
@@ -88,16 +92,16 @@ class Search:
     def __init__(
         self,
         families: Iterable[Sequence[Variant]],
-        hardware: Hardware,
         placement: StreamFrom,
         limits: Limits,
         value: Value,
     ) -> None:
         """``families``: variants that differ in their chunks alone, the largest chunks first."""
         self.found: StagePlan | None = None
-        self._hardware, self._placement, self._limits, self._value = hardware, placement, limits, value
+        self._placement, self._limits, self._value = placement, limits, value
         self._heap: list[tuple[int, int, bool, _Box | Sequence[Variant]]] = []
         self._pushed = 0
+        self._most_bytes = 1 << 62
         for family in families:
             compute = min(sum(variant.work.compute_ns) * variant.work.rounds for variant in family)
             self._push(value(compute, 0, 0, 0), family)
@@ -118,11 +122,25 @@ class Search:
             if self.found is None and self._heap:
                 self._step()
 
+    def front(self, step_bytes: int) -> Iterator[StagePlan]:
+        """The best, then the best with a peak lower by at least ``step_bytes``, and so on. Uses the search up."""
+        while self._heap:
+            self.found = None
+            while self.found is None and self._heap:
+                self._step()
+            if self.found is not None:
+                box = heapq.heappop(self._heap)[3]
+                assert isinstance(box, _Box)
+                self._most_bytes = box.least_peak_bytes - step_bytes
+                yield self.found
+
     def _step(self) -> None:
         """Look closer at what has the least bound."""
         bound, order, is_timed, box = heapq.heappop(self._heap)
+        if isinstance(box, _Box) and box.least_peak_bytes > self._most_bytes:
+            return
         if not isinstance(box, _Box):
-            for root in roots(box, self._hardware, self._placement, self._limits):
+            for root in roots(box, self._placement, self._limits):
                 self._consider(root.box(self._placement), bound)
         elif not is_timed:
             timed = self._bound(box, timed=True)
@@ -170,7 +188,8 @@ class Search:
             if least_pinned and least_pinned + ring > limits.pinnable_bytes:
                 return None
         in_ram = max(sums[sure] - sums[few], least_pinned)
-        load = load_ns(work, Tiers(sums[few], least_pinned, in_ram - least_pinned, 0, largest, 0, ring), self._hardware)
+        loaded = Tiers(sums[few], least_pinned, in_ram - least_pinned, 0, largest, 0, ring)
+        load = load_ns(work, loaded, blocks.hardware)
         reads, copies = blocks.traffic(many, pinned, sure, ram)
         if timed:
             ways = blocks.ways(many, pinned, sure, ram)
@@ -181,19 +200,19 @@ class Search:
             time = load + work.rounds * max(blocks.compute_ns, reads, copies)
             if not root.all_in_ram:
                 # What is not read at first is read later: the fewest reads of all, and what follows the last one.
-                first = load_ns(work, Tiers(0, least_pinned, sums[ram] - least_pinned, 0, 0, 0, ring), self._hardware)
+                first = load_ns(work, Tiers(0, least_pinned, sums[ram] - least_pinned, 0, 0, 0, ring), blocks.hardware)
                 time = max(time, first + work.rounds * reads + blocks.after_read_ns)
         return self._value(time, load, (work.rounds - 1) * reads, (work.rounds - 1) * copies)
 
 
-def roots(family: Sequence[Variant], hardware: Hardware, placement: StreamFrom, limits: Limits) -> Iterator[_Root]:
+def roots(family: Sequence[Variant], placement: StreamFrom, limits: Limits) -> Iterator[_Root]:
     """All blocks resident, or streamed through each number of slots, from RAM alone or from disk too.
 
     Smaller chunks only save memory: of a later variant, only what does not fit in an earlier one.
     """
     taken: set[tuple[int, bool, int]] = set()
     for variant in family:
-        blocks = TieredBlocks(variant, hardware)
+        blocks = variant.blocks
         for slots, all_in_ram, numbers in cuts(blocks, placement):
             fitting = [
                 resident

@@ -17,7 +17,7 @@ from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.objective import effort, effort_of, time_then_effort, time_then_effort_of
 from lowmem_flux2.planning.plan import Limits
-from lowmem_flux2.planning.residency import TieredBlocks, residency_order
+from lowmem_flux2.planning.residency import residency_order
 from lowmem_flux2.planning.search import SLOT_COUNTS, Search
 from lowmem_flux2.planning.selection import Selection, StreamFrom, limits_of
 from lowmem_flux2.planning.support import EVERYTHING
@@ -67,7 +67,7 @@ def jobs(draw: st.DrawFn) -> Job:
 @given(jobs(), st.booleans())
 def test_it_finds_the_best_of_all(job: Job, by_time: bool) -> None:
     value, value_of = (time_then_effort, time_then_effort_of) if by_time else (effort, effort_of)
-    found = Search(job.families("denoise"), job.hardware, job.selection.placement, job.limits, value)
+    found = Search(job.families("denoise"), job.selection.placement, job.limits, value)
     stage = found.run()
     fitting = [candidate for candidate in everything(job) if fits(candidate, job.limits)]
     if stage is None:
@@ -90,7 +90,7 @@ def test_what_is_needed_at_the_least_is_what_some_plan_needs(job: Job) -> None:
 
 def search(hardware: Hardware, name: str = DEV) -> Search:
     job = Job(spec(name), work(name), hardware, Selection(), limits_of(hardware, Selection()), EVERYTHING)
-    return Search(job.families("denoise"), hardware, "auto", job.limits, effort)
+    return Search(job.families("denoise"), "auto", job.limits, effort)
 
 
 @pytest.mark.parametrize("profile", ["rtx-4090-24gb", "rtx-4060-8gb", "h100-80gb", "cpu"])
@@ -109,7 +109,7 @@ def test_bounds_only_grow_up_to_the_value_of_what_is_found(profile: str) -> None
 
 def test_nothing_is_found_where_nothing_fits() -> None:
     job = Job(spec(DEV), work(DEV), machine("rtx-3060-12gb"), Selection(), Limits(GIB, GIB, 0), EVERYTHING)
-    found = Search(job.families("denoise"), job.hardware, "auto", job.limits, effort)
+    found = Search(job.families("denoise"), "auto", job.limits, effort)
     assert found.run() is None
     assert found.bound is None
 
@@ -136,7 +136,7 @@ def test_vram_never_shrinks_with_more_slots() -> None:
     job = Job(spec(DEV), work(DEV, 256), machine("rtx-3060-12gb"), Selection(), Limits(0, 0, 0), EVERYTHING)
     for family in job.families("denoise"):
         for variant in family:
-            blocks = TieredBlocks(variant, job.hardware)
+            blocks = variant.blocks
             for resident in range(blocks.total - 4):
                 needs = [blocks.vram(resident, slots) for slots in sorted(SLOT_COUNTS)]
                 assert needs == sorted(needs)
