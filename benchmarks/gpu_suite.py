@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tiny", action="store_true", help="toy widths: does the suite work?")
     parser.add_argument("--budget", type=float, help="seconds for each part, instead of its own")
     parser.add_argument("--only", nargs="+", default=[], metavar="CASE", help="only these cases")
-    parser.add_argument("--scratch", type=Path, help="for up to 40 GiB of weights (disktier); default: a temporary folder")
+    parser.add_argument("--scratch", type=Path, help="for weights on disk, up to 40 GiB; default: a temporary folder")
     parser.add_argument("--channel", type=int, help=argparse.SUPPRESS)
     return parser
 

@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # they compare with CPU pipelines; what needs a GPU has tests of its own
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPU: tests compare with CPU pipelines. Those that need one are in tests/gpu, run with ``-m gpu``."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session", autouse=True)

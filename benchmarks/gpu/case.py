@@ -17,6 +17,7 @@ class Case:
         name: unique in its part; a case whose result is on record is not run again.
         run: returns what goes on record; ``line`` in it is printed, ``met`` says whether a goal was reached.
         guess_s: how long it may take, until one like it was measured: it is not begun with less time left.
+            Cases with the same guess are taken to be alike.
         timeout_s: then it is ended, and that is its result.
         alone: in a process of its own.
     """

@@ -6,9 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
+
 from gpu.case import Case
 from gpu.running import Bench, Run, carry_out, with_placements
-
 from lowmem_flux2.planning.plan import Placement, StagePlan
 from lowmem_flux2.planning.selection import Selection, compute_dtype
 from lowmem_flux2.runtime.components import Blocks
@@ -23,7 +24,9 @@ def cases(bench: Bench) -> list[Case]:
     pairs = [("klein-9b", plain), ("klein-9b", "int8"), ("klein-4b", plain), ("dev", "int8")]
     if bench.tiny:
         pairs = pairs[1:2]
-    return [Case(f"{name}-{form}", partial(_compare, name, form), 120, timeout_s=300, alone=True) for name, form in pairs]
+    return [
+        Case(f"{name}-{form}", partial(_compare, name, form), 120, timeout_s=300, alone=True) for name, form in pairs
+    ]
 
 
 def _compare(name: str, weight_format: str, bench: Bench) -> dict[str, Any]:
@@ -39,6 +42,8 @@ def _compare(name: str, weight_format: str, bench: Bench) -> dict[str, Any]:
         for module in parts.modules:
             module.compile(fullgraph=True, dynamic=False, backend=backend)
 
+    torch._dynamo.reset()
+    counters.clear()
     runs: dict[str, Run] = {}
     for label, plan in (("resident", resident), ("streamed", streamed)):
         runs[f"eager, {label}"] = carry_out(bench, model, plan, request, embeds=embeds)
@@ -57,8 +62,9 @@ def _compare(name: str, weight_format: str, bench: Bench) -> dict[str, Any]:
         "first_step_s": {label: run.figures["step_s"][0] for label, run in runs.items()},
         "step_median_s": step,
         "backend": backend,
+        "graphs": counters["stats"]["unique_graphs"],
         "runs": {label: run.figures for label, run in runs.items()},
         "line": "step "
         + ", ".join(f"{label} {seconds:.3f} s" for label, seconds in step.items())
-        + f"; compiled streamed / resident {ratio:.2f}, {'bit-equal' if equal else 'NOT EQUAL'}",
+        + f"; {counters['stats']['unique_graphs']} graphs; compiled streamed / resident {ratio:.2f}, {'bit-equal' if equal else 'NOT EQUAL'}",
     }

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from gpu.case import Case
 from gpu.generated import Pieces, block_sources
 from gpu.running import Bench, carry_out, with_placements
 from gpu.subjects import Subject
-
 from lowmem_flux2.errors import DoesNotFit
 from lowmem_flux2.planning.plan import Placement, StagePlan
 from lowmem_flux2.planning.selection import Selection, compute_dtype

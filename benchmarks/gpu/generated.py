@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gpu.meter import Meters
 from torch import nn
 
+from gpu.meter import Meters
 from lowmem_flux2.planning.models import Component, ModelSpec
 from lowmem_flux2.planning.plan import StagePlan
 from lowmem_flux2.runtime.checkpoint import Tensors
@@ -44,7 +44,7 @@ class Piece:
     constants: frozenset[str]
 
     def fill(self, leaf: str, key: str, destination: torch.Tensor) -> None:
-        """Repeat one of the storage tensors over ``destination`` (host, contiguous), from the row that ``key`` gives."""
+        """Repeat one storage tensor over ``destination`` (host, contiguous), from the row that ``key`` decides."""
         source = self.tensors[leaf]
         if leaf in self.constants:
             destination.copy_(source.view(destination.shape))

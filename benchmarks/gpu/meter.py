@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +91,8 @@ class _Counts:
 
 
 def _seconds(pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> float:
-    return sum(first.elapsed_time(last) for first, last in pairs) / 1000
+    milliseconds: float = sum(first.elapsed_time(last) for first, last in pairs)
+    return milliseconds / 1000
 
 
 class MeteredCuda(CudaTransport):

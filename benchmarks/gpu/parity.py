@@ -7,9 +7,9 @@ from itertools import cycle, islice
 from typing import Any
 
 import torch
+
 from gpu.case import Case
 from gpu.running import Bench, Run, carry_out, with_placements
-
 from lowmem_flux2.planning.plan import Placement, Plan, Stage
 from lowmem_flux2.planning.selection import Selection, compute_dtype
 

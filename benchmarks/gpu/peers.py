@@ -1,9 +1,9 @@
 """Part (d): the same work through diffusers' offloading, each way in a process of its own, and ours under its peak.
 
-klein-9b, unquantized, whole runs; and dev's denoising at int8, because dev in bf16 exceeds the RAM of most machines once
-group offload has pinned it. A peer that is ended for RAM or time is a result. The VAE (0.17 GB) stays on the card under
-group offload, whose hooks do not see ``vae.decode``; dev's int8 Linears are ours in both, so that only the offloading
-differs.
+klein-9b, unquantized, whole runs; and dev's denoising at int8, because dev in bf16 exceeds the RAM of most machines
+once group offload has pinned it. A peer that is ended for RAM or time is a result. The VAE (0.17 GB) stays on the card
+under group offload, whose hooks do not see ``vae.decode``; dev's int8 Linears are ours in both, so that only the
+offloading differs.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ import statistics
 import time
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from diffusers.hooks import apply_group_offloading
+
 from gpu.case import Case
 from gpu.record import RAN, read_cases, record_path
 from gpu.running import PROMPT, SEED, Bench, carry_out, digest
 from gpu.stock import dev_pipeline, klein_pipeline
-
 from lowmem_flux2.planning.selection import Selection, compute_dtype
 from lowmem_flux2.runtime.device import DTYPES, measure
+from lowmem_flux2.runtime.inputs import Wanted
 
 STEPS = 6
 """The first step of group offload with streams is synchronous and the second the first that prefetches."""
@@ -144,7 +146,7 @@ def _timed(bench: Bench, pipeline: Any, peer: Peer, asked: dict[str, Any], made_
             callback_on_step_end=note,
         )
         run_s = time.perf_counter() - begun
-    steps = [after - before for before, after in zip(moments, moments[1:], strict=False)]
+    steps = [after - before for before, after in pairwise(moments)]
     steady = statistics.median(steps[UNSTEADY_STEPS - 1 :])
     return {
         "made_s": made_s,
@@ -182,7 +184,8 @@ def _ours(name: str, peer: str, bench: Bench) -> dict[str, Any]:
         selected["max_vram_bytes"] = cap
     plan = bench.plan(model, request, **selected)
     embeds = bench.embeds(model, plan) if name == "dev" else None
-    run = carry_out(bench, model, plan, request, embeds=embeds, result="packed_latents" if embeds is not None else "pictures")
+    result: Wanted = "pictures" if embeds is None else "packed_latents"
+    run = carry_out(bench, model, plan, request, embeds=embeds, result=result)
     gain = theirs["step_median_s"] / run.step_s
     same = theirs["latents"] == run.figures["latents"]
     return run.figures | {
@@ -191,7 +194,7 @@ def _ours(name: str, peer: str, bench: Bench) -> dict[str, Any]:
         "peer_step_over_ours": gain,
         "latents_equal_peers": same,
         "line": f"step {run.step_s:.3f} s, the peer's is {gain:.2f} times that; peak "
-        f"{run.figures['peak_vram_bytes'] / (1 << 30):.2f} GiB; latents {'equal' if same else 'differ from'} the peer's",
+        f"{run.figures['peak_vram_bytes'] / (1 << 30):.2f} GiB; latents {'equal' if same else 'NOT EQUAL to'} its",
     }
 
 

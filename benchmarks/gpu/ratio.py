@@ -6,9 +6,9 @@ from functools import partial
 from typing import Any
 
 import torch
+
 from gpu.case import Case
 from gpu.running import Bench, carry_out, with_placements
-
 from lowmem_flux2.errors import DoesNotFit
 from lowmem_flux2.planning.plan import Placement
 from lowmem_flux2.planning.selection import Selection, compute_dtype

@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any
 
 import torch
+
 from gpu.case import Case
 from gpu.running import Bench, Watch, carry_out, with_stage
-
 from lowmem_flux2.planning.plan import Plan, Stage
 
 MODEL = "klein-4b"
@@ -98,16 +98,16 @@ def _strike(stage: Stage, after: int, bench: Bench) -> dict[str, Any]:
     broken = carry_out(bench, model, plan, request, result="pictures", watch=hog)
     happened = [event for event in broken.figures["events"] if "out of memory" in event]
     equal = torch.equal(broken.latents, expected.latents)
-    pictures = (broken.outcome.pictures, expected.outcome.pictures)
-    assert pictures[0] is not None and pictures[1] is not None
-    same_picture = torch.equal(*pictures)
+    picture, unbroken = broken.outcome.pictures, expected.outcome.pictures
+    assert picture is not None and unbroken is not None
+    same_picture = torch.equal(picture, unbroken)
     kept = _format(plan, stage) == _format(broken.plan, stage)
     return {
         "met": bool(happened) and equal,
         "ran_out": len(happened),
         "bit_equal_latents": equal,
         "bit_equal_picture": same_picture,
-        "largest_picture_difference": float((pictures[0].double() - pictures[1].double()).abs().max()),
+        "largest_picture_difference": float((picture.double() - unbroken.double()).abs().max()),
         "same_format": kept,
         "held_by_other_bytes": hog.held_bytes,
         "unbroken": expected.figures,

@@ -8,14 +8,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+
 from gpu.generated import GeneratedWeights, Pieces, block_sources
 from gpu.meter import Meters
 from gpu.subjects import Subject, subject
-
 from lowmem_flux2.planning.cost import stage_cost
 from lowmem_flux2.planning.job import Machine, plan_job, resolve_machine
 from lowmem_flux2.planning.ladder import next_rung
@@ -24,7 +25,8 @@ from lowmem_flux2.planning.selection import Selection
 from lowmem_flux2.planning.workload import Request, make_request
 from lowmem_flux2.runtime.components import Blocks
 from lowmem_flux2.runtime.device import DTYPES
-from lowmem_flux2.runtime.executor import Executor, Inputs, Outcome, Wanted
+from lowmem_flux2.runtime.executor import Executor, Outcome
+from lowmem_flux2.runtime.inputs import Inputs, Wanted
 from lowmem_flux2.runtime.layout import BlockSource
 
 PROMPT = "a lighthouse at dusk, waves breaking on the rocks below"
@@ -198,12 +200,14 @@ def _figures(
             }
         )
     steps = _step_seconds(outcome, watch)
-    rounds = request.num_inference_steps * -(-request.num_images // plan.stage("denoise").batch_size)
+    rounds = plan.workload.steps * -(-plan.workload.num_images // plan.stage("denoise").batch_size)
     return {
         "steps": request.num_inference_steps,
         "step_s": steps,
         "step_median_s": statistics.median(steps[1:] or steps),
+        "planned_steps": plan.workload.steps,
         "predicted_step_s": plan.stage("denoise").cost.run_s / rounds,
+        "predicted_step_waiting_s": plan.stage("denoise").cost.waiting_s / rounds,
         "peak_vram_bytes": max(measured.peak_vram_bytes for measured in outcome.measures),
         "predicted_peak_vram_bytes": max(plan.stage(stage["stage"]).cost.peak_vram_bytes for stage in stages),
         "stages": stages,
@@ -214,10 +218,10 @@ def _figures(
 
 
 def _step_seconds(outcome: Outcome, watch: Watch) -> list[float]:
-    """Each denoising step; the first begins when loading ends. A step that was tried twice counts from its first try."""
+    """Each denoising step; the first begins when loading ends. One that was tried twice counts from its first try."""
     load_s = next(measured.load_s for measured in outcome.measures if measured.stage == "denoise")
     moments = [watch.started["denoise"] + load_s, *watch.advances["denoise"]]
-    return [after - before for before, after in zip(moments, moments[1:], strict=False)]
+    return [after - before for before, after in pairwise(moments)]
 
 
 def digest(tensor: torch.Tensor | None) -> str | None:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Pipeline
-from gpu.generated import Pieces
-from gpu.subjects import Subject
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, Qwen3ForCausalLM
 from transformers.initialization import no_init_weights
 
+from gpu.generated import Pieces
+from gpu.subjects import Subject
 from lowmem_flux2.runtime.components import transformer_blocks, transformer_on_meta
 from lowmem_flux2.runtime.quantize import StoredLinear
 

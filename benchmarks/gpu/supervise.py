@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import psutil
-from gpu.record import CRASHED, CUT_SHORT, FAILED, KILLED_FOR_RAM, TIMED_OUT, Record
 
+from gpu.record import CRASHED, CUT_SHORT, FAILED, KILLED_FOR_RAM, TIMED_OUT, Record
 from lowmem_flux2.planning.detect import available_ram_bytes
 
 POLL_S = 0.02
@@ -169,7 +169,7 @@ class Supervisor:
         self._log = log.open("ab")
         self._worker: Worker | None = None
         self._has_worked = False
-        self._slowest: dict[str, float] = {}
+        self._slowest: dict[float, float] = {}
         self.about: dict[str, Any] = {}
         self.cut_short = False
 
@@ -201,8 +201,8 @@ class Supervisor:
         return [Told(**case) for case in listed]
 
     def _guess(self, case: Told) -> float:
-        """What the case before it of the same model took, else its own guess."""
-        return self._slowest.get(case.name.rpartition("-")[0], case.guess_s)
+        """Cases with the same guess are alike: what the slowest of them took, once one was measured."""
+        return self._slowest.get(case.guess_s, case.guess_s)
 
     def _start(self) -> list[dict[str, Any]] | None:
         """A fresh worker; the cases it lists, None where it ends, or says nothing."""
@@ -226,7 +226,7 @@ class Supervisor:
         self._worker = None
 
     def _measure(self, case: Told) -> tuple[str, dict[str, Any]]:
-        """Run a case in the worker; its status and result. A worker that failed, or had to be ended, is gone after it."""
+        """Run a case in the worker; its status and result. A worker that failed, or had to be ended, is gone."""
         worker = self._worker
         assert worker is not None
         peaks = Peaks(self._card, worker.card_before, worker.ram_before)
@@ -268,8 +268,7 @@ class Supervisor:
 
     def _put(self, case: Told, status: str, result: dict[str, Any]) -> None:
         self.cut_short = self.cut_short or status == CUT_SHORT
-        group = case.name.rpartition("-")[0]
         if "seconds" in result:
-            self._slowest[group] = max(self._slowest.get(group, 0.0), float(result["seconds"]))
+            self._slowest[case.guess_s] = max(self._slowest.get(case.guess_s, 0.0), float(result["seconds"]))
         self._record.add(case.name, status, result)
         print(f"{case.name}: {status}: {result.get('line', '')} [{result.get('seconds', 0.0):.1f} s]", flush=True)

@@ -15,10 +15,10 @@ from importlib import metadata
 from typing import Any
 
 import torch
+
 from gpu.case import Case
 from gpu.record import DOES_NOT_FIT, FAILED, OUT_OF_MEMORY, RAN
 from gpu.running import Bench
-
 from lowmem_flux2.errors import DoesNotFit, RunError
 from lowmem_flux2.runtime.device import torch_device
 
@@ -26,7 +26,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes")
 
 
 def work(part: str, bench: Bench, channel: int) -> int:
-    """Answer on the file descriptor ``channel``, a JSON line each. Ends after a failure: what it left is not trusted."""
+    """Answer on the file descriptor ``channel``, a JSON line each. Ends after a failure: its leavings are unknown."""
     _die_with_parent()
     cases: list[Case] = importlib.import_module(f"gpu.{part}").cases(bench)
     _say(
