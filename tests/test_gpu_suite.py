@@ -21,7 +21,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 from gpu import caps, compiled, disktier, parity, peers, ratio, recovery  # noqa: E402
 from gpu.generated import GeneratedBlock, GeneratedTensors, Pieces  # noqa: E402
-from gpu.meter import Meters  # noqa: E402
+from gpu.meter import MeteredCuda, Meters  # noqa: E402
 from gpu.record import FINAL, Record, read_cases, record_path  # noqa: E402
 from gpu.running import Bench  # noqa: E402
 from gpu.supervise import Card, Supervisor  # noqa: E402
@@ -31,6 +31,7 @@ from lowmem_flux2.planning.plan import Placement  # noqa: E402
 from lowmem_flux2.runtime.layout import allocate  # noqa: E402
 from lowmem_flux2.runtime.quantize import STORED, convert  # noqa: E402
 from lowmem_flux2.runtime.streaming import BlockStreamer  # noqa: E402
+from lowmem_flux2.runtime.transport import CudaTransport  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -224,6 +225,56 @@ def test_meters_count_copies_and_waits_after_loading() -> None:
     assert found.host_waited_s > 0
     assert found.bytes_per_s == found.h2d_bytes / found.copy_s
     assert meters.transfers("decode") is None
+
+
+class Queue:
+    """A stand-in for a CUDA stream: how far it has come, in seconds."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def wait_event(self, event: Moment) -> None:
+        self.now = max(self.now, event.at)
+
+
+class Moment:
+    """A stand-in for a CUDA event."""
+
+    def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
+        self.at = 0.0
+
+    def record(self, queue: Queue) -> None:
+        self.at = queue.now
+
+    def elapsed_time(self, later: Moment) -> float:
+        return 1000 * (later.at - self.at)
+
+
+def test_the_cuda_meter_times_copies_and_the_compute_streams_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute, copies = Queue(), Queue()
+    monkeypatch.setattr(torch.cuda, "Event", Moment)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: copies)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
+
+    def copy(self: CudaTransport, source: torch.Tensor, target: torch.Tensor) -> None:
+        copies.now += 0.5
+
+    monkeypatch.setattr(CudaTransport, "copy", copy)
+    meter = MeteredCuda(torch.device("cuda"))
+    copied, freed = meter.event(), meter.event()
+    span = torch.zeros(1000, dtype=torch.uint8)
+    for _ in range(3):  # the copy takes 0.5 s, the kernels that need it 0.3 s and hold up the next copy
+        meter.copy_waits(freed)
+        meter.copy(span, span)
+        meter.record_copy(copied)
+        meter.compute_waits(copied)
+        compute.now += 0.3
+        meter.record_compute(freed)
+    found = meter.counts.transfers()
+    assert (found.copies, found.h2d_bytes) == (3, 3000)
+    assert found.copy_s == pytest.approx(1.5)
+    assert found.compute_waited_s == pytest.approx(1.5)
+    assert found.bytes_per_s == pytest.approx(2000)
 
 
 # ---------------------------------------------------------------------------------------------------- the supervisor
