@@ -24,7 +24,7 @@ from gpu.generated import GeneratedBlock, GeneratedTensors, Pieces  # noqa: E402
 from gpu.meter import MeteredCuda, Meters  # noqa: E402
 from gpu.record import FINAL, Record, read_cases, record_path  # noqa: E402
 from gpu.running import Bench  # noqa: E402
-from gpu.supervise import Card, Supervisor  # noqa: E402
+from gpu.supervise import Card, Supervisor, judged  # noqa: E402
 
 from lowmem_flux2.errors import DoesNotFit, UsageError  # noqa: E402
 from lowmem_flux2.planning.plan import Placement  # noqa: E402
@@ -370,6 +370,15 @@ def test_a_case_that_takes_the_machines_ram_is_ended(tmp_path: Path, monkeypatch
     monkeypatch.setattr("gpu.supervise.available_ram_bytes", lambda: next(left, 30 << 30))
     supervise(tmp_path, "slow,good", seconds=20)
     assert statuses(tmp_path) == {"slow": "killed for RAM", "good": "ran"}
+
+
+def test_a_cap_is_judged_by_what_the_card_held() -> None:
+    result = {"met": True, "cap_bytes": 4 << 30, "line": "step"}
+    assert judged(result | {"card_taken_peak_bytes": 4 << 30})["met"] is True
+    over = judged(result | {"card_taken_peak_bytes": (4 << 30) + 1})
+    assert (over["met"], over["within_cap"]) == (False, False)
+    assert over["line"].endswith("the card held 4.00 GiB, MORE THAN THE CAP")
+    assert judged(result | {"card_taken_peak_bytes": None}) == result | {"card_taken_peak_bytes": None}
 
 
 def test_only_the_cases_asked_for(tmp_path: Path) -> None:

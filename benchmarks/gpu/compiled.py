@@ -36,7 +36,7 @@ def _compare(name: str, weight_format: str, bench: Bench) -> dict[str, Any]:
     blocks = len(resident.stage("denoise").block_placements)
     streamed = with_placements(resident, model, "denoise", [Placement.PINNED] * blocks, SLOTS)
     embeds = bench.embeds(model, resident)
-    backend = "inductor" if bench.tiny else "inductor"
+    backend = "eager" if bench.tiny else "inductor"
 
     def compile_blocks(stage: StagePlan, parts: Blocks) -> None:
         for module in parts.modules:

@@ -189,6 +189,7 @@ def _ours(name: str, peer: str, bench: Bench) -> dict[str, Any]:
     gain = theirs["step_median_s"] / run.step_s
     same = theirs["latents"] == run.figures["latents"]
     return run.figures | {
+        "met": cap is None or run.figures["peak_vram_bytes"] <= cap,
         "peer": peer,
         "cap_bytes": cap,
         "peer_step_over_ours": gain,

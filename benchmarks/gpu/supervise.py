@@ -21,6 +21,7 @@ import psutil
 
 from gpu.record import CRASHED, CUT_SHORT, FAILED, KILLED_FOR_RAM, TIMED_OUT, Record
 from lowmem_flux2.planning.detect import available_ram_bytes
+from lowmem_flux2.units import GIB
 
 POLL_S = 0.02
 SETTLE_S, SETTLE_TRIES = 0.1, 50
@@ -152,6 +153,15 @@ class Told:
     alone: bool
 
 
+def judged(result: dict[str, Any]) -> dict[str, Any]:
+    """Whether the card held no more than the cap, as the driver saw it: context and all, which no allocator sees."""
+    cap, taken = result.get("cap_bytes"), result["card_taken_peak_bytes"]
+    if cap is None or taken is None or "met" not in result:
+        return result
+    line = f"{result['line']}; the card held {taken / GIB:.2f} GiB" + ("" if taken <= cap else ", MORE THAN THE CAP")
+    return result | {"within_cap": taken <= cap, "met": result["met"] and taken <= cap, "line": line}
+
+
 class Supervisor:
     """One part, one call.
 
@@ -242,7 +252,7 @@ class Supervisor:
                     status = answer.pop("status")
                     if status == FAILED:
                         self._end()
-                    return status, answer | peaks.figures()
+                    return status, judged(answer | peaks.figures())
                 ended = self._verdict(case, start, peaks, floor)
                 if ended is not None:
                     self._end()

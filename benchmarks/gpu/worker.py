@@ -28,6 +28,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes")
 def work(part: str, bench: Bench, channel: int) -> int:
     """Answer on the file descriptor ``channel``, a JSON line each. Ends after a failure: its leavings are unknown."""
     _die_with_parent()
+    _ = bench.machine  # read before this process holds anything of the card
     cases: list[Case] = importlib.import_module(f"gpu.{part}").cases(bench)
     _say(
         channel,
