@@ -6,6 +6,7 @@ tensors: dev 402 and 1165 MiB at 512 and 1024 px, the cut Mistral 127 MiB, the V
 
 from __future__ import annotations
 
+from lowmem_flux2.planning.batches import waiting_bytes
 from lowmem_flux2.planning.models import ModelSpec, VaeSpec
 from lowmem_flux2.planning.workload import Workload
 
@@ -58,21 +59,22 @@ def conditioning_bytes(model: ModelSpec, workload: Workload, dtype_bytes: int) -
     return (texts + modulations) * model.transformer.hidden_size * dtype_bytes
 
 
-def encode_activation_bytes(model: ModelSpec, workload: Workload, prompts: int, dtype_bytes: int) -> int:
-    """Peak live activations of one pass over the text encoder's used layers.
+def encode_activation_bytes(
+    model: ModelSpec, workload: Workload, prompts: int, dtype_bytes: int, batches: int = 1
+) -> int:
+    """Peak live activations of one pass of ``batches`` batches of ``prompts`` over the text encoder's used layers.
 
     In the MLP of a layer act(gate), up and their product live together (3 x intermediate), with the layer's input, the
-    residual and the norm (3 x hidden), the tapped states, and the additive mask (tokens^2). At the end the tapped
-    states are stacked and laid side by side. The negative prompts of true guidance go through each layer after the
-    prompts: one more hidden state, taps and mask.
+    residual and the norm (3 x hidden), the tapped states on their way to the host, and the additive mask (tokens^2).
+    The other batches of the pass wait meanwhile.
     """
     dims = model.text_encoder
     tokens = prompts * workload.text_tokens
     per_token = 3 * dims.intermediate_size + (3 + len(dims.out_layers)) * dims.hidden_size
     peak = tokens * max(per_token, 3 * dims.joint_dim)
-    waiting = (workload.guidance_passes - 1) * tokens * (1 + len(dims.out_layers)) * dims.hidden_size
-    masks = workload.guidance_passes * prompts * workload.text_tokens**2
-    return (peak + waiting + masks) * dtype_bytes
+    mask = prompts * workload.text_tokens**2
+    waiting = (batches - 1) * waiting_bytes(dims, prompts, workload.text_tokens, dtype_bytes)
+    return (peak + mask) * dtype_bytes + waiting
 
 
 def decoder_channels(vae: VaeSpec) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from lowmem_flux2.planning.activations import (
     denoise_activation_bytes,
     encode_activation_bytes,
 )
+from lowmem_flux2.planning.batches import batch_sizes, batches_a_pass
 from lowmem_flux2.planning.flops import (
     CHUNK_OVERHEADS,
     CONVOLUTION_SHARE,
@@ -28,7 +29,7 @@ from lowmem_flux2.planning.flops import (
     decode_flops,
     layer_flops,
 )
-from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS
+from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS, WeightFormat
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Placement, StageCost, StagePlan
@@ -141,17 +142,22 @@ def _denoise_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwa
 
 def _encode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardware: Hardware) -> StageWork:
     fmt, dims = FORMATS[stage.weight_format], model.text_encoder
-    dtype_bytes, passes = DTYPE_BYTES[stage.compute_dtype], workload.guidance_passes
-    linear, attention = layer_flops(model, workload, stage.batch_size)
-    layer_ns = nanoseconds(passes * compute_seconds(hardware, stage.compute_dtype, linear, attention), 1)
-    embeddings = workload.num_prompts * passes * workload.text_tokens * dims.joint_dim * dtype_bytes
+    dtype_bytes, length = DTYPE_BYTES[stage.compute_dtype], workload.text_tokens
+    sizes = batch_sizes(workload, stage.batch_size)[stage.cached_batches :]
+    together = min(max(len(sizes), 1), batches_a_pass(dims, stage.batch_size, length, dtype_bytes))
+    rounds = -(-len(sizes) // together)
+    batches_s = sum(
+        compute_seconds(hardware, stage.compute_dtype, *layer_flops(model, workload, prompts)) for prompts in sizes
+    )
+    layer_ns = nanoseconds(batches_s / max(rounds, 1), 1)
+    embeddings = workload.num_prompts * workload.guidance_passes * length * dims.joint_dim * dtype_bytes
     return StageWork(
         block_bytes=tuple(block_sizes(stage, model)),
         compute_ns=(layer_ns,) * dims.layers_used,
         between_ns=0,
-        rounds=-(-workload.num_prompts // stage.batch_size),
+        rounds=rounds,
         kept_bytes=0,  # the embedding stays in its file: only the prompts' rows are read
-        activation_bytes=encode_activation_bytes(model, workload, stage.batch_size, dtype_bytes)
+        activation_bytes=encode_activation_bytes(model, workload, stage.batch_size, dtype_bytes, together)
         + fmt.transient_bytes(dims.layer),
         host_bytes=2 * embeddings,
     )
@@ -297,6 +303,8 @@ def stage_cost(stage: StagePlan, model: ModelSpec, workload: Workload, hardware:
     """Price one stage. Deterministic; reads nothing but its arguments."""
     fmt, on_host = FORMATS[stage.weight_format], hardware.device == "cpu"
     work = stage_work(stage, model, workload, hardware)
+    if not work.rounds:
+        return _cached_cost(fmt, work.host_bytes, hardware)
     tiers = tiers_of(stage, work.block_bytes, on_host)
     device = device_bytes(work, tiers.gpu, tiers.slots)
     load, run = load_ns(work, tiers, hardware), stage_timeline(stage, work, hardware).total_ns(work.rounds)
@@ -325,6 +333,18 @@ def stage_cost(stage: StagePlan, model: ModelSpec, workload: Workload, hardware:
         read_s=work.rounds * reads / 1e9,
         waiting_s=(run - compute) / 1e9,
         rounds=work.rounds,
+        fidelity_error=fmt.weight_error,
+        fidelity_provenance=fmt.provenance,
+        on_host=on_host,
+    )
+
+
+def _cached_cost(fmt: WeightFormat, embeddings_bytes: int, hardware: Hardware) -> StageCost:
+    """All embeddings come from the prompt cache: no weights, no time worth predicting, the format's fidelity."""
+    on_host = hardware.device == "cpu"
+    return StageCost(
+        context_bytes=0 if on_host else hardware.context_bytes,
+        host_bytes=LIBRARIES_HOST_BYTES + embeddings_bytes + (0 if on_host else CUDA_HOST_BYTES),
         fidelity_error=fmt.weight_error,
         fidelity_provenance=fmt.provenance,
         on_host=on_host,

@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lowmem_flux2.planning.batches import batch_sizes
 from lowmem_flux2.planning.plan import Placement, Plan, StagePlan
 from lowmem_flux2.units import format_bytes, format_seconds
 
@@ -47,6 +48,8 @@ def _stages(plan: Plan) -> Table:
         table.add_column(heading, justify="left" if heading in ("stage", "weights", "compute") else "right")
     for stage in plan.stages:
         counts = "/".join(str(stage.count(placement)) for placement in Placement) if stage.block_placements else "whole"
+        if plan.is_cached(stage):
+            counts = "from the prompt cache"
         tile = f", tiles {stage.tile_px} px" if stage.tile_px else ""
         table.add_row(
             f"{stage.stage} ({stage.component})",
@@ -91,4 +94,13 @@ def _libraries(stage: StagePlan) -> int:
 
 
 def _reasons(plan: Plan) -> list[Text]:
-    return [Text(f"{stage.stage}: " + "; ".join(stage.reasons)) for stage in plan.stages if stage.reasons]
+    lines = []
+    for stage in plan.stages:
+        reasons = stage.reasons
+        if plan.is_cached(stage):
+            reasons = ("all prompts are in the prompt cache: no text encoder is loaded",)
+        elif stage.cached_batches:
+            batches = len(batch_sizes(plan.workload, stage.batch_size))
+            reasons = (f"{stage.cached_batches} of {batches} batches of prompts are in the prompt cache", *reasons)
+        lines += [Text(f"{stage.stage}: " + "; ".join(reasons))] if reasons else []
+    return lines

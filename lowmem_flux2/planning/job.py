@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lowmem_flux2.errors import DoesNotFit, UsageError
 from lowmem_flux2.planning.advice import closest_fits
+from lowmem_flux2.planning.cost import stage_cost
 from lowmem_flux2.planning.detect import NvmlCard, available_ram_bytes, detect, read_nvml, visible_cards
 from lowmem_flux2.planning.hardware import Hardware, load_profile
 from lowmem_flux2.planning.plan import Plan
@@ -41,6 +42,11 @@ class Machine:
     detected: bool
     argument: str = AUTO
     device: str = AUTO
+
+    @property
+    def device_name(self) -> str:
+        """The device that a run takes: ``cpu``, ``cuda`` or ``cuda:1``."""
+        return self.hardware.device if self.device == AUTO else self.device
 
 
 def resolve_machine(profile: str, device: str, max_ram_bytes: int | None = None) -> Machine:
@@ -125,6 +131,16 @@ def _within_reach(selection: Selection, machine: Machine) -> Selection:
         if free is not None:
             selection = replace(selection, max_vram_bytes=lower(selection.max_vram_bytes, free))
     return selection
+
+
+def with_cached(plan: Plan, source: ModelSource, cached_batches: int) -> Plan:
+    """The plan where the prompt cache holds so many of the batches that the encode stage would compute.
+
+    Their composition and format are the plan's own, so that what the cache holds changes no pixel.
+    """
+    stage = replace(plan.stage("encode"), cached_batches=cached_batches)
+    stage = replace(stage, cost=stage_cost(stage, source.spec, plan.workload, plan.hardware))
+    return replace(plan, stages=tuple(stage if other.stage == "encode" else other for other in plan.stages))
 
 
 def replay(

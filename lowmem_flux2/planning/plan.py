@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from lowmem_flux2.errors import UsageError
+from lowmem_flux2.planning.batches import batch_sizes
 from lowmem_flux2.planning.formats import COMPUTE_DTYPES, FORMATS
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import Component
@@ -116,6 +117,7 @@ class StagePlan:
         tile_px: VAE tile side in pixels; 0 for untiled.
         step_cache: reuse between denoising steps; "off" for none.
         batch_size: images that one denoising pass (or prompts that one encoder pass) takes together.
+        cached_batches: of the encode stage's batches (``planning.batches``), those that the prompt cache holds.
     """
 
     stage: Stage
@@ -130,6 +132,7 @@ class StagePlan:
     tile_px: int
     step_cache: str
     batch_size: int
+    cached_batches: int = 0
     cost: StageCost = field(default_factory=StageCost)
     reasons: tuple[str, ...] = ()
 
@@ -202,6 +205,10 @@ class Plan:
 
     def stage(self, name: Stage) -> StagePlan:
         return next(stage for stage in self.stages if stage.stage == name)
+
+    def is_cached(self, stage: StagePlan) -> bool:
+        """Whether the prompt cache holds all that the stage would compute."""
+        return 0 < stage.cached_batches >= len(batch_sizes(self.workload, stage.batch_size))
 
     @property
     def num_images_per_prompt(self) -> int:

@@ -121,7 +121,9 @@ def _least(one: Limits, other: Limits) -> Limits:
 
 def _on(plan: Plan, spec: ModelSpec, hardware: Hardware, here: Limits, support: Support) -> Plan:
     """The same placements priced on this hardware; the budgets it was made for stay where they are lower."""
-    stages = tuple(replace(stage, cost=stage_cost(stage, spec, plan.workload, hardware)) for stage in plan.stages)
+    # What the prompt cache held when the plan was made says nothing of now.
+    bare = [replace(stage, cached_batches=0) for stage in plan.stages]
+    stages = tuple(replace(stage, cost=stage_cost(stage, spec, plan.workload, hardware)) for stage in bare)
     return replace(
         plan,
         profile=hardware.name,

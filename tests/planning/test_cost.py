@@ -59,7 +59,13 @@ def test_a_second_guidance_pass_costs_memory() -> None:
     one, two = replace(work(KLEIN_BASE), guidance_passes=1), replace(work(KLEIN_BASE), guidance_passes=2)
     model = spec(KLEIN_BASE)
     assert denoise_activation_bytes(model, one, 1, BF16, 0) < denoise_activation_bytes(model, two, 1, BF16, 0)
-    assert encode_activation_bytes(model, one, 1, BF16) < encode_activation_bytes(model, two, 1, BF16)
+
+
+def test_a_second_batch_waits_and_shares_the_pass() -> None:
+    model, work_one = spec(KLEIN_BASE), replace(work(KLEIN_BASE), guidance_passes=1)
+    alone, beside = (encode_activation_bytes(model, work_one, 1, BF16, batches) for batches in (1, 2))
+    dims = model.text_encoder
+    assert beside - alone == 512 * (dims.hidden_size + 512 + 2 * dims.head_dim) * BF16
 
 
 def test_a_small_decoder_is_counted_by_its_own_channels() -> None:

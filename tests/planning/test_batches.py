@@ -1,0 +1,78 @@
+"""Batches of prompts: their composition, and what one pass over the encoder takes and costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from machines import DEV, KLEIN_4B, KLEIN_BASE, machine, plan_for, spec, work
+
+from lowmem_flux2.planning.batches import (
+    WAITING_MOST_BYTES,
+    batch_sizes,
+    batches_a_pass,
+    negatives_of,
+    prompt_batches,
+    waiting_bytes,
+)
+from lowmem_flux2.planning.cost import stage_cost
+from lowmem_flux2.planning.plan import Placement, StagePlan
+from lowmem_flux2.planning.selection import Selection
+
+BF16 = 2
+
+
+@given(prompts=st.integers(1, 40), size=st.integers(1, 40), two_passes=st.booleans())
+def test_the_sizes_that_are_priced_are_those_of_the_batches(prompts: int, size: int, two_passes: bool) -> None:
+    texts = tuple(f"prompt {index}" for index in range(prompts))
+    batches = prompt_batches(texts, size)
+    assert tuple(prompt for batch in batches for prompt in batch) == texts
+    encoded = batches + (list(dict.fromkeys(negatives_of(batches, None))) if two_passes else [])
+    workload = replace(work(KLEIN_BASE, prompts=prompts), guidance_passes=1 + two_passes)
+    assert sorted(batch_sizes(workload, size)) == sorted(len(batch) for batch in encoded)
+
+
+@given(size=st.integers(1, 64), tokens=st.integers(1, 2048))
+def test_one_batch_passes_and_the_others_wait_within_the_bound(size: int, tokens: int) -> None:
+    encoder = spec(DEV).text_encoder
+    together = batches_a_pass(encoder, size, tokens, BF16)
+    each = waiting_bytes(encoder, size, tokens, BF16)
+    assert (together - 1) * each <= WAITING_MOST_BYTES < together * each
+
+
+def one_by_one(name: str, prompts: int, cached: int = 0) -> StagePlan:
+    """The encode stage of a plan from disk, a prompt a batch, priced."""
+    stage = plan_for(name, "rtx-3060-12gb", 64, selection=Selection(text_weight_format="bf16")).stage("encode")
+    placements = (Placement.DISK,) * len(stage.block_placements)
+    stage = replace(stage, batch_size=1, block_placements=placements, slots=2, cached_batches=cached)
+    workload = work(name, prompts=prompts)
+    return replace(stage, cost=stage_cost(stage, spec(name), workload, machine("rtx-3060-12gb", 64)))
+
+
+@pytest.mark.parametrize("name", [DEV, KLEIN_4B])
+def test_a_dozen_prompts_read_the_encoder_once(name: str) -> None:
+    one, dozen = one_by_one(name, 1).cost, one_by_one(name, 12).cost
+    assert dozen.disk_bytes == one.disk_bytes
+    assert dozen.h2d_bytes == one.h2d_bytes
+    assert dozen.time_s < 3 * one.time_s  # compute, which the reads hide
+    waiting = 11 * waiting_bytes(spec(name).text_encoder, 1, 512, BF16)
+    assert dozen.activation_bytes == one.activation_bytes + waiting
+
+
+def test_more_prompts_than_may_wait_take_another_pass() -> None:
+    together = batches_a_pass(spec(DEV).text_encoder, 1, 512, BF16)
+    assert one_by_one(DEV, together).cost.disk_bytes == one_by_one(DEV, 1).cost.disk_bytes
+    assert one_by_one(DEV, together + 1).cost.disk_bytes == 2 * one_by_one(DEV, 1).cost.disk_bytes
+
+
+def test_cached_batches_cost_less_and_all_of_them_next_to_nothing() -> None:
+    costs = [one_by_one(DEV, 12, cached).cost for cached in range(13)]
+    for more, less in pairwise(costs):
+        assert more.run_s * (1 + 1e-9) >= less.run_s
+        assert more.peak_vram_bytes >= less.peak_vram_bytes
+    assert costs[12].time_s == costs[12].disk_bytes == costs[12].resident_bytes == costs[12].slot_bytes == 0
+    assert costs[12].peak_vram_bytes == costs[12].context_bytes
+    assert costs[12].fidelity_error == costs[0].fidelity_error  # embeddings are as good as when they were made
