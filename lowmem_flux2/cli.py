@@ -53,6 +53,7 @@ def generate(
     no_metadata: opt.NoMetadata = False,
     quiet: opt.Quiet = False,
     cache_dir: opt.CacheDir = None,
+    prompt_cache: opt.PromptCacheSize = None,
     no_prepare: opt.NoPrepare = False,
     allow_format_change: opt.AllowFormatChange = False,
 ) -> None:
@@ -61,10 +62,12 @@ def generate(
     lowmem-flux2 generate -p "a large red circle in the center on a blue background" -s 0
     """
     from lowmem_flux2.planning.explain import explain
+    from lowmem_flux2.runtime.cache import cache_folder, prompt_cache_limit, prompt_files
     from lowmem_flux2.runtime.picture import OutputPattern, check_writable
 
     if allow_format_change:
         raise UsageError("--allow-format-change: this version does not re-plan while running; leave the flag out")
+    prompt_bytes = prompt_cache_limit(prompt_cache)
     pattern = OutputPattern(output)
     if report is not None:
         if dry_run:
@@ -81,6 +84,10 @@ def generate(
         asked = resolve(flags, fit, selection, prompts)
         made = plan_job(asked.source, asked.machine, asked.request, selection, running=True)
     seeds = image_seeds(seed, asked.request.num_images)
+    if prompt_bytes and prompt_files(cache_folder(cache_dir)) and not made.not_executable:
+        from lowmem_flux2.runtime.prompt_cache import expecting_cached  # torch is imported only where it can matter
+
+        made = expecting_cached(made, asked.source, asked.request, asked.machine.device_name, cache_folder(cache_dir))
     if not quiet or dry_run:
         out.print(explain(made))
     if dry_run:
@@ -93,7 +100,7 @@ def generate(
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels when it is imported
         from lowmem_flux2.generating import Running, carry_out
 
-        running = Running(fit.device, flags.offline, cache_dir, not no_prepare)
+        running = Running(fit.device, flags.offline, cache_dir, prompt_bytes, not no_prepare)
         carry_out(asked, made, running, pattern, seeds, report, metadata=not no_metadata, quiet=quiet, out=out, err=err)
 
 
@@ -148,7 +155,10 @@ def prepare(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read everything that is prepared; name what is damaged.")
     ] = False,
-    remove: Annotated[str | None, typer.Option("--remove", help="Remove an entry of --list, by its name.")] = None,
+    remove: Annotated[
+        str | None,
+        typer.Option("--remove", help="Remove an entry of --list, by its name; 'prompts' is the prompt cache."),
+    ] = None,
 ) -> None:
     """Quantize a checkpoint once, block by block, so that no later start does it again.
 

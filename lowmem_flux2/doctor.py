@@ -13,6 +13,7 @@ from rich.table import Table
 from lowmem_flux2.errors import LowMemFlux2Error
 from lowmem_flux2.planning.detect import available_ram_bytes, detect, ram_limit_bytes, read_nvml
 from lowmem_flux2.planning.sources import MODEL_NAMES, resolve_model
+from lowmem_flux2.runtime.cache import cache_folder, prompt_cache_limit, prompt_files, prompts_folder
 from lowmem_flux2.units import format_bytes
 from lowmem_flux2.version import __version__
 
@@ -57,6 +58,7 @@ def _findings() -> Iterator[Finding]:
         version = _version(name)
         yield Finding(f"{name} (optional)", version or "not installed", True, "" if version else use)
     yield from _memory()
+    yield _prompt_cache()
     yield from _models()
 
 
@@ -95,6 +97,20 @@ def _gpu() -> Iterator[Finding]:
 def _memory() -> Iterator[Finding]:
     limit = ram_limit_bytes()
     yield Finding("RAM", f"{format_bytes(available_ram_bytes())} available of {format_bytes(limit)}", True)
+
+
+def _prompt_cache() -> Finding:
+    cache = cache_folder()
+    entries = prompt_files(cache)
+    size = format_bytes(sum(entry.size_bytes for entry in entries))
+    held = f"{len(entries)} batches of prompts, {size}, in {prompts_folder(cache)}" if entries else "empty"
+    try:
+        limit = prompt_cache_limit()
+    except LowMemFlux2Error as error:
+        return Finding("prompt cache", held, False, str(error))
+    bound = f"at most {format_bytes(limit)}" if limit else "switched off"
+    clear = "to clear it: lowmem-flux2 prepare --remove prompts" if entries else ""
+    return Finding("prompt cache", f"{held}; {bound}", True, clear)
 
 
 def _models() -> Iterator[Finding]:

@@ -26,6 +26,7 @@ class Running:
     device: str
     offline: bool
     cache_dir: Path | None
+    prompt_cache_bytes: int
     may_prepare: bool
 
 
@@ -52,6 +53,7 @@ def carry_out(
             device=running.device,
             offline=running.offline,
             cache_dir=running.cache_dir,
+            prompt_cache=running.prompt_cache_bytes,
             may_prepare=running.may_prepare,
             observer=observer,
         )

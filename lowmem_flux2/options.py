@@ -145,7 +145,17 @@ CacheDir = Annotated[
     Path | None,
     typer.Option(
         "--cache-dir",
-        help="Folder of prepared weights.  [default: LOWMEM_FLUX2_CACHE, else the platform's]",
+        help="Folder of prepared weights and the prompt cache.  [default: LOWMEM_FLUX2_CACHE, else the platform's]",
+        rich_help_panel=FIT,
+    ),
+]
+PromptCacheSize = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-cache",
+        metavar="SIZE|off",
+        help="Disk for embeddings of prompts, so that a repeated prompt loads no text encoder.  "
+        "[default: LOWMEM_FLUX2_PROMPT_CACHE, else 1GiB]",
         rich_help_panel=FIT,
     ),
 ]

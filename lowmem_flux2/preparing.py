@@ -17,8 +17,11 @@ from lowmem_flux2.planning.job import Machine
 from lowmem_flux2.planning.selection import Selection, check_selection, compute_dtype
 from lowmem_flux2.planning.sources import ModelSource
 from lowmem_flux2.planning.support import LIBRARY_OF, SUPPORTED
-from lowmem_flux2.runtime.cache import MANIFEST, cache_folder
+from lowmem_flux2.runtime.cache import MANIFEST, cache_folder, clear_prompts, prompt_files
 from lowmem_flux2.units import format_bytes
+
+PROMPTS = "prompts"
+"""The prompt cache's name among the entries."""
 
 
 def cache_of(given: Path | None) -> Path:
@@ -42,6 +45,9 @@ def listing(cache: Path) -> Table:
         except (OSError, ValueError, KeyError, TypeError):
             row = "-", "-", f"damaged: its {MANIFEST} cannot be read"
         table.add_row(folder.name, *row)
+    if prompts := prompt_files(cache):
+        size = sum(entry.size_bytes for entry in prompts)
+        table.add_row(PROMPTS, format_bytes(size), "-", f"the prompt cache: {len(prompts)} batches of prompts")
     return table
 
 
@@ -68,11 +74,14 @@ def verify(cache: Path, out: Console) -> None:
 
 
 def remove(cache: Path, name: str) -> None:
-    """Remove one entry.
+    """Remove one entry, or the whole prompt cache under its name.
 
     Raises:
         UsageError: no entry of that name.
     """
+    if name == PROMPTS:
+        clear_prompts(cache)
+        return
     folder = cache / "prepared" / name
     if folder not in _entries(cache):
         raise UsageError(f"--remove {name}: no such entry; --list shows them")

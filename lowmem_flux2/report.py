@@ -41,13 +41,14 @@ class ImageRecord:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One run. ``events`` are warnings and re-plans, in order."""
+    """One run. ``events`` are warnings and re-plans, in order; ``cached_prompts`` came from the prompt cache."""
 
     plan: Plan
     stages: tuple[StageMeasure, ...]
     events: tuple[str, ...]
     images: tuple[ImageRecord, ...]
     versions: Mapping[str, str]
+    cached_prompts: tuple[str, ...] = ()
 
     @property
     def peak_vram_bytes(self) -> int:
@@ -77,6 +78,7 @@ class Report:
                 "stages": [asdict(stage) for stage in self.stages],
             },
             "events": list(self.events),
+            "cached_prompts": list(self.cached_prompts),
             "images": [asdict(image) for image in self.images],
             "versions": dict(self.versions),
         }
@@ -91,6 +93,10 @@ class Report:
             table.add_column("peak VRAM", justify="right")
         table.add_column("peak RAM", justify="right")
         table.add_column("time", justify="right")
+        for stage in self.plan.stages:
+            if self.plan.is_cached(stage):
+                row = [f"{stage.stage} ({stage.component})", stage.weight_format, *["-"] * (1 + on_gpu)]
+                table.add_row(*row, "from the prompt cache")
         for measured in self.stages:
             planned = next(stage for stage in self.plan.stages if stage.stage == measured.stage)
             row = [f"{measured.stage} ({measured.component})", planned.weight_format]

@@ -1,13 +1,20 @@
-"""Where prepared weights are kept. Imports no torch: listing them must be quick."""
+"""Where prepared weights and embeddings of prompts are kept. Imports no torch: listing them must be quick."""
 
 from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+
+from lowmem_flux2.errors import UsageError
+from lowmem_flux2.units import GIB, parse_bytes
 
 MANIFEST = "manifest.json"
 """Written last into an entry: what has it is whole."""
+PROMPT_CACHE_BYTES = GIB
+"""Default limit of the prompt cache: 68 prompts of 512 tokens for dev (15 MiB each), 136 for klein-4b."""
 
 
 def cache_folder(given: Path | None = None) -> Path:
@@ -23,3 +30,55 @@ def cache_folder(given: Path | None = None) -> Path:
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return base / "lowmem-flux2"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFile:
+    """One entry of the prompt cache; ``used_at`` in seconds since the epoch."""
+
+    path: Path
+    size_bytes: int
+    used_at: float
+
+
+def prompt_cache_limit(given: int | str | None = None) -> int:
+    """Bytes that the prompt cache may hold, 0 for none: ``--prompt-cache``, else LOWMEM_FLUX2_PROMPT_CACHE, else 1 GiB.
+
+    Raises:
+        UsageError: neither a size nor ``off``.
+    """
+    name = "--prompt-cache"
+    if given is None:
+        name, given = "LOWMEM_FLUX2_PROMPT_CACHE", os.environ.get("LOWMEM_FLUX2_PROMPT_CACHE")
+    if given is None or given == "":
+        return PROMPT_CACHE_BYTES
+    if isinstance(given, int):
+        return max(given, 0)
+    if given.strip().lower() in ("off", "0"):
+        return 0
+    try:
+        return parse_bytes(given)
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}, or off") from None
+
+
+def prompts_folder(cache: Path) -> Path:
+    return cache / "prompts"
+
+
+def prompt_files(cache: Path) -> list[PromptFile]:
+    """Every entry of the prompt cache; none where there is no such folder."""
+    found = []
+    for path in prompts_folder(cache).glob("*.safetensors"):
+        with suppress(OSError):  # another process dropped it meanwhile
+            seen = path.stat()
+            found.append(PromptFile(path, seen.st_size, seen.st_mtime))
+    return found
+
+
+def clear_prompts(cache: Path) -> int:
+    """Remove every entry of the prompt cache; returns how many there were."""
+    entries = prompt_files(cache)
+    for entry in entries:
+        entry.path.unlink(missing_ok=True)
+    return len(entries)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import platform
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from lowmem_flux2.errors import UsageError
 
 SAMPLE_INTERVAL_S = 0.005
 _STATUS = Path("/proc/self/status")
+_CPUINFO = Path("/proc/cpuinfo")
 _MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -41,6 +43,37 @@ def torch_device(name: str) -> torch.device:
         device = torch.device("cuda", device.index or 0)  # set_device and others refuse one without a number
         torch.cuda.set_device(device)
     return device
+
+
+def arithmetic_of(device: torch.device) -> dict[str, object]:
+    """What decides, besides libraries and input, how sums round here: the processor and the settings of torch.
+
+    The number of threads is among them: with three, a CPU's fp32 Linear differs in its last bits from one with two.
+    """
+    settings: dict[str, object] = {
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    if device.type != "cuda":
+        threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+        return settings | {"processor": _cpu_name(), "capability": capability, "threads": threads}
+    cuda, matmul = torch.backends.cuda, torch.backends.cuda.matmul
+    return settings | {
+        "processor": torch.cuda.get_device_name(device),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "fp16_reduction": matmul.allow_fp16_reduced_precision_reduction,
+        "bf16_reduction": matmul.allow_bf16_reduced_precision_reduction,
+        "attention": [cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()],
+    }
+
+
+def _cpu_name() -> str:
+    with suppress(OSError):
+        for line in _CPUINFO.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def cap_vram(device: torch.device, max_vram_bytes: int, context_bytes: int) -> None:

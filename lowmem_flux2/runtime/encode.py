@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from lowmem_flux2.errors import CheckpointBroken
+from lowmem_flux2.planning.batches import Batch
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import StagePlan
 from lowmem_flux2.runtime.components import text_decoder_blocks, text_decoder_on_meta, text_decoder_root
@@ -61,8 +62,8 @@ def tokenize(
 
 
 @dataclass(slots=True)
-class _Group:
-    """Prompts that go through the layers as one batch."""
+class _BatchState:
+    """One batch of prompts on its way through the layers. The tapped states wait on the host."""
 
     hidden: torch.Tensor
     rotary: tuple[torch.Tensor, torch.Tensor]
@@ -81,9 +82,7 @@ class _Group:
 
     def embeddings(self) -> torch.Tensor:
         """The tapped states side by side: (prompts, tokens, taps * hidden), on the host."""
-        stacked = torch.stack(self.tapped, dim=1)
-        count, taps, tokens, width = stacked.shape
-        return stacked.permute(0, 2, 1, 3).reshape(count, tokens, taps * width).to("cpu")
+        return torch.cat(self.tapped, dim=-1)
 
 
 class TextEncoder:
@@ -119,25 +118,29 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(
-        self, groups: Sequence[Sequence[str]], length: int, on_layer: Callable[[], None] = lambda: None
+        self, batches: Sequence[Batch], length: int, on_layer: Callable[[], None] = lambda: None
     ) -> list[torch.Tensor]:
-        """Embeddings (prompts, length, joint_dim) of each group, on the host, in the compute dtype.
+        """Embeddings (prompts, length, joint_dim) of each batch, on the host, in the compute dtype.
 
-        One pass over the layers serves all groups. A group is one batch: groups are kept apart because the batch size
-        decides how Linear kernels round, and the stock pipelines encode prompts and negative prompts apart.
+        One pass over the layers serves all batches. They are kept apart because a batch's size decides how Linear
+        kernels round, and the stock pipelines encode prompts and negative prompts apart.
         """
-        states = [self._begin(group, length) for group in groups]
+        states = [self._begin(batch, length) for batch in batches]
         taps = self._model.text_encoder.out_layers
         last = self._model.text_encoder.num_layers
         for index, layer in enumerate(self.streamer.round()):
             for state in states:
                 state.run(layer, index)
                 if index + 1 in taps:
-                    state.tapped.append(self._decoder.norm(state.hidden) if index + 1 == last else state.hidden)
+                    hidden = self._decoder.norm(state.hidden) if index + 1 == last else state.hidden
+                    state.tapped.append(hidden.to("cpu"))
             on_layer()
-        return [state.embeddings() for state in states]
+        made = []
+        while states:  # each state is dropped once it is laid side by side
+            made.append(states.pop(0).embeddings())
+        return made
 
-    def _begin(self, prompts: Sequence[str], length: int) -> _Group:
+    def _begin(self, prompts: Batch, length: int) -> _BatchState:
         ids, mask = tokenize(self._tokenizer, self._model, prompts, length)
         for prompt, full in zip(prompts, mask.all(dim=1).tolist(), strict=True):
             if full and len(tokenize(self._tokenizer, self._model, [prompt], None)[0][0]) > length:
@@ -146,7 +149,7 @@ class TextEncoder:
         positions = torch.arange(length, device=self._device).unsqueeze(0)
         kinds = getattr(self._decoder.config, "layer_types", None) or ["full_attention"] * len(self._decoder.layers)
         masks = self._masks(hidden, mask.to(self._device), positions)
-        return _Group(
+        return _BatchState(
             hidden, self._decoder.rotary_emb(hidden, positions), positions, [masks[kind] for kind in kinds], []
         )
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from lowmem_flux2.errors import CheckpointMissing, NotExecutable, UsageError
-from lowmem_flux2.planning.formats import FORMATS
+from lowmem_flux2.errors import NotExecutable, UsageError
 from lowmem_flux2.planning.job import AUTO, Machine, plan_job, replay, resolve_machine
 from lowmem_flux2.planning.ladder import next_rung
 from lowmem_flux2.planning.plan import Plan, Stage
@@ -20,7 +19,7 @@ from lowmem_flux2.planning.planner import Selection, StreamFrom
 from lowmem_flux2.planning.sources import ModelSource, resolve_model
 from lowmem_flux2.planning.workload import Preference, Request, image_seeds, make_request
 from lowmem_flux2.report import ImageRecord, Report
-from lowmem_flux2.runtime.cache import cache_folder
+from lowmem_flux2.runtime.cache import cache_folder, prompt_cache_limit
 from lowmem_flux2.runtime.denoise import Generators, StepCallback
 from lowmem_flux2.runtime.device import torch_device
 from lowmem_flux2.runtime.download import with_weights
@@ -28,8 +27,8 @@ from lowmem_flux2.runtime.executor import Executor
 from lowmem_flux2.runtime.images import OutputType, images_of
 from lowmem_flux2.runtime.inputs import Inputs, check_inputs
 from lowmem_flux2.runtime.observer import Observer, Silent
-from lowmem_flux2.runtime.prepare import prepare
-from lowmem_flux2.runtime.store import PreparedStore, find
+from lowmem_flux2.runtime.prepared import prepared_stores
+from lowmem_flux2.runtime.prompt_cache import PromptCache, with_known_prompts
 from lowmem_flux2.runtime.versions import versions
 from lowmem_flux2.runtime.weights import CheckpointWeights
 from lowmem_flux2.units import parse_bytes
@@ -70,6 +69,8 @@ class Engine:
         revision: hub revision.
         offline: never touch the network.
         cache_dir: where prepared weights are kept; else LOWMEM_FLUX2_CACHE, else the platform's cache folder.
+        prompt_cache: bytes that embeddings of prompts may take on disk, or as text (``"2GiB"``, ``"off"``); else
+            LOWMEM_FLUX2_PROMPT_CACHE, else 1 GiB.
         may_prepare: quantize weights into the store where a plan needs them; False raises instead.
         observer: told about stages, steps and events.
 
@@ -96,6 +97,7 @@ class Engine:
         revision: str | None = None,
         offline: bool = False,
         cache_dir: str | Path | None = None,
+        prompt_cache: int | str | None = None,
         may_prepare: bool = True,
         observer: Observer | None = None,
     ) -> None:
@@ -116,6 +118,7 @@ class Engine:
         self._device = _device_name(device, self._machine)
         self._offline = offline
         self._cache, self._may_prepare = cache_folder(Path(cache_dir) if cache_dir is not None else None), may_prepare
+        self._prompt_cache_bytes = prompt_cache_limit(prompt_cache)
         self._observer = observer or Silent()
 
     @classmethod
@@ -128,6 +131,7 @@ class Engine:
         device: str = AUTO,
         offline: bool = False,
         cache_dir: Path | None = None,
+        prompt_cache: int | str | None = None,
         may_prepare: bool = True,
         observer: Observer | None = None,
     ) -> Engine:
@@ -137,6 +141,7 @@ class Engine:
         engine._device = _device_name(device, machine)
         engine._offline = offline
         engine._cache, engine._may_prepare = cache_folder(cache_dir), may_prepare
+        engine._prompt_cache_bytes = prompt_cache_limit(prompt_cache)
         engine._observer = observer or Silent()
         return engine
 
@@ -294,49 +299,31 @@ class Engine:
         def replan(current: Plan, stage: Stage) -> Plan | None:
             return next_rung(current, stage, self._source.spec)
 
-        weights = CheckpointWeights(folder, self._stores(plan, folder))
+        events: list[str] = []
+
+        def event(text: str) -> None:
+            events.append(text)
+            self._observer.event(text)
+
+        if self._prompt_cache_bytes:
+            device = torch_device(self._device)
+            cache = PromptCache.of(self._source, plan, device, self._cache, self._prompt_cache_bytes, event)
+            plan, inputs = with_known_prompts(cache, self._source, plan, request, inputs)
+        stores = prepared_stores(plan, self._source, self._cache, self._may_prepare, self._observer)
+        weights = CheckpointWeights(folder, stores)
         executor = Executor(plan, self._source.spec, folder, self._device, self._observer, weights, replan)
         outcome = executor.run(request, inputs)
         prompts = [text for text in request.prompts for _ in range(request.num_images_per_prompt)]
         records = tuple(ImageRecord(None, number, text) for number, text in zip(seeds, prompts, strict=True))
-        report = Report(executor.plan, tuple(outcome.measures), tuple(outcome.events), records, versions())
-        return Generation(images_of(outcome, self._source.spec, output_type), tuple(seeds), report)
-
-    def _stores(self, plan: Plan, folder: Path) -> dict[str, PreparedStore]:
-        """The prepared store of each quantized component, made where it is missing."""
-        stores: dict[str, PreparedStore] = {}
-        for stage in plan.stages:
-            if not FORMATS[stage.weight_format].is_quantized:
-                continue
-            asked = (folder, stage.component, stage.weight_format, stage.compute_dtype)
-            found = find(*asked, self._cache)
-            if found is None:
-                if not self._may_prepare:
-                    raise CheckpointMissing(
-                        f"{stage.component} in {stage.weight_format} is not prepared, and --no-prepare was given; run: "
-                        f"lowmem-flux2 prepare -m {self._source.spec.source} --component {stage.component} "
-                        f"--weight-format {stage.weight_format} --dtype {stage.compute_dtype} --cache-dir {self._cache}"
-                    )
-                found = self._prepare(*asked)
-            stores[stage.component] = found
-        return stores
-
-    def _prepare(self, folder: Path, component: str, weight_format: str, dtype: str) -> PreparedStore:
-        def started(blocks: int) -> None:
-            self._observer.stage_started("prepare", blocks)
-
-        made = prepare(
-            folder,
-            self._source.spec,
-            component,
-            weight_format,
-            dtype,
-            self._cache,
-            on_start=started,
-            on_block=self._observer.advanced,
+        report = Report(
+            executor.plan,
+            tuple(outcome.measures),
+            (*events, *outcome.events),
+            records,
+            versions(),
+            cached_prompts=tuple(dict.fromkeys(prompt for batch in inputs.known for prompt in batch)),
         )
-        self._observer.stage_finished("prepare")
-        return made
+        return Generation(images_of(outcome, self._source.spec, output_type), tuple(seeds), report)
 
 
 def _device_name(device: str, machine: Machine) -> str:

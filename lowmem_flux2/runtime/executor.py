@@ -15,15 +15,16 @@ from pathlib import Path
 import torch
 
 from lowmem_flux2.errors import RunError
+from lowmem_flux2.planning.batches import Batch, batches_a_pass, negatives_of, prompt_batches
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Placement, Plan, Stage, StagePlan
 from lowmem_flux2.planning.workload import Request
 from lowmem_flux2.report import StageMeasure
 from lowmem_flux2.runtime.decode import Decoder
 from lowmem_flux2.runtime.denoise import Denoiser, Progress, initial_latents
-from lowmem_flux2.runtime.device import cap_vram, measure, release_memory, synchronize, torch_device
+from lowmem_flux2.runtime.device import DTYPES, cap_vram, measure, release_memory, synchronize, torch_device
 from lowmem_flux2.runtime.encode import TextEncoder
-from lowmem_flux2.runtime.inputs import Inputs
+from lowmem_flux2.runtime.inputs import Inputs, batches_to_encode
 from lowmem_flux2.runtime.observer import Observer
 from lowmem_flux2.runtime.weights import Weights
 
@@ -87,32 +88,46 @@ class Executor:
 
     def _encode(self, request: Request, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One row of embeddings an image, for each guidance pass."""
-        two_passes = self._plan.workload.guidance_passes == 2
+        made = dict(inputs.known)
+        missing = [
+            batch for batch in dict.fromkeys(batches_to_encode(request, self._plan, inputs)) if batch not in made
+        ]
+        if missing:
+            self._encode_batches(missing, request.max_sequence_length, made, inputs)
+        batches = prompt_batches(request.prompts, self._plan.stage("encode").batch_size)
         embeds, negative = inputs.prompt_embeds, inputs.negative_prompt_embeds
-        needs_negative = two_passes and negative is None
-        if embeds is None or needs_negative:
-            size, prompts = self._plan.stage("encode").batch_size, request.prompts
-            chunks = [prompts[at : at + size] for at in range(0, len(prompts), size)]
-            made: list[list[torch.Tensor]] = []
-
-            def attempt(stage: StagePlan, loaded: Callable[[], None]) -> None:
-                passes = len(chunks) - len(made)
-                arguments = (self._folder, self._model, stage, self._device, self._event, self._weights, passes)
-                with closing(TextEncoder(*arguments)) as encoder:
-                    loaded()
-                    for chunk in chunks[len(made) :]:
-                        groups = [chunk] if embeds is None else []
-                        groups += [(request.negative_prompt or "",) * len(chunk)] if needs_negative else []
-                        made.append(encoder.encode(groups, request.max_sequence_length, self._observer.advanced))
-
-            layers = len(self._plan.stage("encode").block_placements)
-            self._climb("encode", len(chunks) * layers, attempt)
-            embeds = torch.cat([groups[0] for groups in made]) if embeds is None else embeds
-            if needs_negative:
-                negative = torch.cat([groups[-1] for groups in made])
+        if embeds is None:
+            embeds = torch.cat([made[batch] for batch in batches])
+        two_passes = self._plan.workload.guidance_passes == 2
+        if two_passes and negative is None:
+            negative = torch.cat([made[batch] for batch in negatives_of(batches, request.negative_prompt)])
         repeats = request.num_images_per_prompt
         embeds = embeds.repeat_interleave(repeats, dim=0)
         return embeds, negative.repeat_interleave(repeats, dim=0) if negative is not None and two_passes else None
+
+    def _encode_batches(
+        self, batches: list[Batch], length: int, made: dict[Batch, torch.Tensor], inputs: Inputs
+    ) -> None:
+        """Put the embeddings of each batch into ``made``, in as few passes over the weights as memory allows."""
+        planned = self._plan.stage("encode")
+        dtype_bytes = DTYPES[planned.compute_dtype].itemsize
+        together = batches_a_pass(self._model.text_encoder, planned.batch_size, length, dtype_bytes)
+        passes = [batches[at : at + together] for at in range(0, len(batches), together)]
+
+        def attempt(stage: StagePlan, loaded: Callable[[], None]) -> None:
+            left = [group for group in passes if group[0] not in made]
+            arguments = (self._folder, self._model, stage, self._device, self._event, self._weights, len(left))
+            with closing(TextEncoder(*arguments)) as encoder:
+                loaded()
+                for group in left:
+                    for batch, embeddings in zip(
+                        group, encoder.encode(group, length, self._observer.advanced), strict=True
+                    ):
+                        made[batch] = embeddings
+                        if inputs.on_encoded is not None:
+                            inputs.on_encoded(batch, embeddings, self._plan)
+
+        self._climb("encode", len(passes) * len(planned.block_placements), attempt)
 
     def _denoise(
         self, request: Request, inputs: Inputs, embeds: torch.Tensor, negative: torch.Tensor | None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
 from lowmem_flux2.errors import UsageError
+from lowmem_flux2.planning.batches import Batch, negatives_of, prompt_batches
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.workload import Request, guidance_passes
@@ -32,6 +33,10 @@ class Inputs:
     sigmas: Sequence[float] | None = None
     callback: StepCallback | None = None
     result: Wanted = "pictures"
+    known: Mapping[Batch, torch.Tensor] = field(default_factory=dict)
+    """Embeddings of batches of prompts from the prompt cache: equal to those that the encoder would make."""
+    on_encoded: Callable[[Batch, torch.Tensor, Plan], None] | None = None
+    """Told of each batch of prompts that the encoder made, with the plan that made it."""
     on_picture: Callable[[int, torch.Tensor, Plan], None] | None = None
     """Told of each picture (1, 3, height, width) as soon as it is decoded, so that a later failure loses none, with the
     plan that made it: the ladder may have taken smaller tiles."""
@@ -60,3 +65,14 @@ def check_inputs(model: ModelSpec, request: Request, inputs: Inputs) -> None:
         if embeds is not None and (embeds.ndim != 3 or embeds.shape[::2] != (len(request.prompts), width)):
             needed = f"({len(request.prompts)}, tokens, {width})"
             raise UsageError(f"{name} have the shape {tuple(embeds.shape)}, this request needs {needed}")
+
+
+def batches_to_encode(request: Request, plan: Plan, inputs: Inputs | None = None) -> list[Batch]:
+    """Batches of prompts in the plan's composition whose embeddings the caller does not hand over; negative ones last,
+    equal ones of them once."""
+    inputs = inputs or Inputs()
+    batches = prompt_batches(request.prompts, plan.stage("encode").batch_size)
+    wanted = batches if inputs.prompt_embeds is None else []
+    if plan.workload.guidance_passes == 2 and inputs.negative_prompt_embeds is None:
+        wanted = wanted + list(dict.fromkeys(negatives_of(batches, request.negative_prompt)))
+    return wanted

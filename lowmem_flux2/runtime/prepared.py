@@ -1,0 +1,52 @@
+"""The prepared stores that a plan needs, made where they are missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lowmem_flux2.errors import CheckpointMissing
+from lowmem_flux2.planning.formats import FORMATS
+from lowmem_flux2.planning.plan import Plan, StagePlan
+from lowmem_flux2.planning.sources import ModelSource
+from lowmem_flux2.runtime.observer import Observer
+from lowmem_flux2.runtime.prepare import prepare
+from lowmem_flux2.runtime.store import PreparedStore, find
+
+
+def prepared_stores(
+    plan: Plan, source: ModelSource, cache: Path, may_prepare: bool, observer: Observer
+) -> dict[str, PreparedStore]:
+    """The prepared store of each component that the plan quantizes and loads.
+
+    Raises:
+        CheckpointMissing: one is not there and must not be made; says the command that makes it.
+    """
+    return {
+        stage.component: _store(stage, source, cache, may_prepare, observer)
+        for stage in plan.stages
+        if FORMATS[stage.weight_format].is_quantized and not plan.is_cached(stage)
+    }
+
+
+def _store(stage: StagePlan, source: ModelSource, cache: Path, may_prepare: bool, observer: Observer) -> PreparedStore:
+    assert source.folder is not None
+    asked = (stage.component, stage.weight_format, stage.compute_dtype)
+    found = find(source.folder, *asked, cache)
+    if found is not None:
+        return found
+    if not may_prepare:
+        raise CheckpointMissing(
+            f"{stage.component} in {stage.weight_format} is not prepared, and --no-prepare was given; run: "
+            f"lowmem-flux2 prepare -m {source.spec.source} --component {stage.component} "
+            f"--weight-format {stage.weight_format} --dtype {stage.compute_dtype} --cache-dir {cache}"
+        )
+    made = prepare(
+        source.folder,
+        source.spec,
+        *asked,
+        cache,
+        on_start=lambda blocks: observer.stage_started("prepare", blocks),
+        on_block=observer.advanced,
+    )
+    observer.stage_finished("prepare")
+    return made
