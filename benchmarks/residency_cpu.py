@@ -102,7 +102,7 @@ def child(folder: Path, result: Path, placement: str, max_ram: str | None) -> No
         moments.append(time.perf_counter())
         return kept
 
-    engine = Engine(str(folder), dtype="bf16", placement=placement, max_ram=max_ram)  # type: ignore[arg-type]
+    engine = Engine(str(folder), dtype="bf16", placement=placement, max_ram=max_ram, prompt_cache="off")  # type: ignore[arg-type]
     made = engine.generate(
         "a lighthouse at dusk",
         height=SIDE_PX,

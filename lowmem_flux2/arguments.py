@@ -68,9 +68,13 @@ def resolve(
     if flags.revision is not None and source.kind != "hub":
         raise UsageError(f"--revision {flags.revision}: {model} is not on the hub; leave the flag out")
     machine = resolve_machine(fit.profile, fit.device, selection.max_ram_bytes)
+    check_caps(selection, machine)
+    return Asked(model, source, machine, request, selection)
+
+
+def check_caps(selection: Selection, machine: Machine) -> None:
     if selection.max_vram_bytes is not None and machine.hardware.device == "cpu":
         raise UsageError("--max-vram: there is no VRAM on the cpu; cap RAM with --max-ram")
-    return Asked(model, source, machine, request, selection)
 
 
 def selection_of(fit: FitFlags) -> Selection:
@@ -119,4 +123,28 @@ def check_nothing_is_chosen(selection: Selection) -> None:
         raise UsageError(
             "--plan carries out what the file says: leave out --prefer, --weight-format, --text-weight-format, "
             "--dtype, --placement, --step-cache, --vae-tile and --batch-size, or plan again with them"
+        )
+
+
+def check_all_is_in_the_file(
+    flags: RequestFlags, selection: Selection, seed: int | None, plan: Path | None, save_latents: Path | None
+) -> None:
+    """With ``--from-latents`` all but decoding is done.
+
+    Raises:
+        UsageError: a flag about what is done already.
+    """
+    asked = replace(flags, model=None, offline=False) != RequestFlags()
+    if asked or seed is not None or plan is not None or save_latents is not None:
+        raise UsageError(
+            "--from-latents: prompt, seed, size, steps and guidance are the file's: leave out --plan, --save-latents "
+            "and all flags about what to draw but -m and --offline"
+        )
+    open_to_choice = replace(
+        selection, prefer="balanced", dtype="auto", vae_tile="auto", max_vram_bytes=None, max_ram_bytes=None
+    )
+    if open_to_choice != Selection():
+        raise UsageError(
+            "--from-latents decodes only: leave out --weight-format, --text-weight-format, --placement, --step-cache "
+            "and --batch-size"
         )

@@ -90,7 +90,7 @@ def _run(model: str, prompt: str, steps: int | None, name: str, flags: tuple[str
     with tempfile.TemporaryDirectory(prefix="lowmem-flux2-bench-") as scratch:
         report, picture = Path(scratch) / "report.json", Path(scratch) / "picture.png"
         command = [sys.executable, "-m", "lowmem_flux2", "generate", "--quiet", "-m", model, "-p", prompt]
-        command += ["-s", str(SEED), "-o", str(picture), "--report", str(report), *flags]
+        command += ["-s", str(SEED), "-o", str(picture), "--report", str(report), "--prompt-cache", "off", *flags]
         if steps is not None:
             command += ["--steps", str(steps)]
         try:

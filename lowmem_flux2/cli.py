@@ -15,11 +15,19 @@ from rich.console import Console
 from rich.table import Table
 
 from lowmem_flux2 import options as opt
-from lowmem_flux2.arguments import after, check_nothing_is_chosen, read_prompts, resolve, selection_of
+from lowmem_flux2.arguments import (
+    after,
+    check_all_is_in_the_file,
+    check_caps,
+    check_nothing_is_chosen,
+    read_prompts,
+    resolve,
+    selection_of,
+)
 from lowmem_flux2.errors import Interrupted, LowMemFlux2Error, NotExecutable, RunError, UsageError
 from lowmem_flux2.flags import FitFlags, RequestFlags, flattened
 from lowmem_flux2.planning.hardware import Profile, check_profile, list_profiles, read_profile
-from lowmem_flux2.planning.job import plan_job, replay, resolve_machine
+from lowmem_flux2.planning.job import Machine, plan_job, replay, resolve_machine
 from lowmem_flux2.planning.plan import read_plan
 from lowmem_flux2.planning.sources import EMBEDDED, resolve_model
 from lowmem_flux2.planning.workload import image_seeds
@@ -56,6 +64,8 @@ def generate(
     prompt_cache: opt.PromptCacheSize = None,
     no_prepare: opt.NoPrepare = False,
     allow_format_change: opt.AllowFormatChange = False,
+    save_latents: opt.SaveLatents = None,
+    from_latents: opt.FromLatents = None,
 ) -> None:
     """Make pictures from prompts.
 
@@ -64,17 +74,33 @@ def generate(
     from lowmem_flux2.planning.explain import explain
     from lowmem_flux2.runtime.cache import cache_folder, prompt_cache_limit, prompt_files
     from lowmem_flux2.runtime.picture import OutputPattern, check_writable
+    from lowmem_flux2.runtime.running import Running
 
-    if allow_format_change:
-        raise UsageError("--allow-format-change: this version does not re-plan while running; leave the flag out")
     prompt_bytes = prompt_cache_limit(prompt_cache)
     pattern = OutputPattern(output)
     if report is not None:
         if dry_run:
             raise UsageError("--report: --dry-run measures nothing; use 'plan --json'")
         check_writable("--report", report)
-    prompts = read_prompts(flags.prompt, flags.prompt_file)
+    if save_latents is not None:
+        check_writable("--save-latents", save_latents)
     selection = selection_of(fit)
+
+    def running(machine: Machine) -> Running:
+        options = (flags.offline, not no_prepare, allow_format_change)
+        return Running(machine.device_name, cache_folder(cache_dir), prompt_bytes, *options)
+
+    if from_latents is not None:
+        check_all_is_in_the_file(flags, selection, seed, plan, save_latents)
+        machine = resolve_machine(fit.profile, fit.device, selection.max_ram_bytes)
+        check_caps(selection, machine)
+        with _interruptible():
+            from lowmem_flux2.generating import Output, decode
+
+            written = Output(pattern, report, None, not no_metadata, quiet, out, err)
+            decode(from_latents, flags.model, machine, selection, running(machine), written, dry_run)
+        return
+    prompts = read_prompts(flags.prompt, flags.prompt_file)
     if plan is not None:
         replayed = read_plan(plan)
         check_nothing_is_chosen(selection)
@@ -98,10 +124,10 @@ def generate(
         )
     with _interruptible():
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels when it is imported
-        from lowmem_flux2.generating import Running, carry_out
+        from lowmem_flux2.generating import Output, carry_out
 
-        running = Running(fit.device, flags.offline, cache_dir, prompt_bytes, not no_prepare)
-        carry_out(asked, made, running, pattern, seeds, report, metadata=not no_metadata, quiet=quiet, out=out, err=err)
+        written = Output(pattern, report, save_latents, not no_metadata, quiet, out, err)
+        carry_out(asked, made, running(asked.machine), seeds, written)
 
 
 @contextmanager

@@ -11,7 +11,8 @@
     │   ├── CheckpointAccess      4    found, but no token, no access, or licence not accepted
     │   └── CheckpointBroken      4    truncated, an LFS pointer, HTML, a missing key, parts that do not belong together
     ├── RunError                  5    failed while running
-    │   └── NonFiniteLatents      5    NaN or infinity: the step and block where it appeared
+    │   ├── NonFiniteLatents      5    NaN or infinity: the step and block where it appeared
+    │   └── DecodeFailed              as its cause: latents are done, and kept in it, but not decoded
     └── Interrupted             130    Ctrl-C
 
 Anything else that escapes is a defect of ours and shows its traceback.
@@ -20,6 +21,8 @@ Anything else that escapes is a defect of ours and shows its traceback.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 
 class LowMemFlux2Error(Exception):
@@ -106,6 +109,22 @@ class RunError(LowMemFlux2Error):
 
 class NonFiniteLatents(RunError):
     """NaN or infinity in the latents: a black picture is never reported as success."""
+
+
+class DecodeFailed(RunError):
+    """No picture could be made of latents that are done.
+
+    Args:
+        cause: what went wrong; its exit code is this one's.
+        latents: a ``runtime.latents_file.SavedLatents``: ``Engine.generate(from_latents=...)`` takes it.
+        saved_in: the file that the run had saved them in already, if that was asked for.
+    """
+
+    def __init__(self, cause: Exception, latents: Any, saved_in: Path | None = None) -> None:
+        super().__init__(str(cause))
+        self.exit_code = cause.exit_code if isinstance(cause, LowMemFlux2Error) else RunError.exit_code
+        self.latents = latents
+        self.saved_in = saved_in
 
 
 class Interrupted(LowMemFlux2Error):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,66 +12,137 @@ from rich.console import Console
 
 from lowmem_flux2.arguments import Asked
 from lowmem_flux2.console import ConsoleObserver
+from lowmem_flux2.errors import DecodeFailed, LowMemFlux2Error, RunError, UsageError
+from lowmem_flux2.planning.explain import explain
+from lowmem_flux2.planning.job import Machine
 from lowmem_flux2.planning.plan import Plan
-from lowmem_flux2.report import ImageRecord, write_report
+from lowmem_flux2.planning.selection import Selection
+from lowmem_flux2.planning.sources import resolve_model
+from lowmem_flux2.report import ImageRecord, Report, write_report
 from lowmem_flux2.runtime.engine import Engine
 from lowmem_flux2.runtime.images import to_pil
 from lowmem_flux2.runtime.inputs import Inputs
+from lowmem_flux2.runtime.latents_file import SUFFIX, SavedLatents, read_latents
 from lowmem_flux2.runtime.picture import OutputPattern, describe, save_png
+from lowmem_flux2.runtime.running import Running
 from lowmem_flux2.runtime.versions import versions
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
-    """What only a run needs to know: the device, and where weights may come from."""
+class Output:
+    """What is written and printed."""
 
-    device: str
-    offline: bool
-    cache_dir: Path | None
-    prompt_cache_bytes: int
-    may_prepare: bool
+    pattern: OutputPattern
+    report: Path | None
+    save_latents: Path | None
+    metadata: bool
+    quiet: bool
+    out: Console
+    err: Console
+
+    def finish(self, report: Report, saved: Sequence[ImageRecord]) -> None:
+        report = replace(report, images=tuple(saved))
+        if not self.quiet:
+            self.out.print(report.table())
+        if self.report is not None:
+            write_report(report, self.report)
+
+    def keep(self, failed: DecodeFailed, model: str) -> str:
+        """Save the latents of a run whose decoding failed beside its pictures; returns what to tell the user."""
+        latents: SavedLatents = failed.latents
+        file = failed.saved_in
+        if file is None:
+            first = latents.origin.images[0]
+            picture = self.pattern.path(seed=first.seed or 0, index=first.index, model=model)
+            try:
+                file = latents.save(picture.with_name(picture.stem + SUFFIX))
+            except OSError as error:
+                return f"the denoised latents could not be saved either: {error}"
+        resume = shlex.join(["lowmem-flux2", "generate", "--from-latents", str(file), "-o", str(self.pattern)])
+        elsewhere = "" if latents.origin.plan.hardware.device == "cpu" else "   # or with --device cpu"
+        return f"the denoised latents are saved in {file}; this decodes them:\n  {resume}{elsewhere}"
 
 
-def carry_out(
-    asked: Asked,
-    made: Plan,
-    running: Running,
-    pattern: OutputPattern,
-    seeds: list[int],
-    report_file: Path | None,
-    *,
-    metadata: bool,
-    quiet: bool,
-    out: Console,
-    err: Console,
-) -> None:
-    """Carry the plan out, save each picture when it is decoded, print the report."""
+def carry_out(asked: Asked, made: Plan, running: Running, seeds: list[int], output: Output) -> None:
+    """Carry the plan out, save each picture when it is decoded, print the report.
+
+    Raises:
+        RunError: where the latents were saved, if they could not be decoded.
+    """
     request = asked.request
-    with ConsoleObserver(err, quiet) as observer:
-        engine = Engine.of(
-            asked.source,
-            asked.machine,
-            asked.selection,
-            device=running.device,
-            offline=running.offline,
-            cache_dir=running.cache_dir,
-            prompt_cache=running.prompt_cache_bytes,
-            may_prepare=running.may_prepare,
-            observer=observer,
-        )
-        saved: list[ImageRecord] = []
+    saved: list[ImageRecord] = []
 
-        def save(index: int, picture: torch.Tensor, carried_out: Plan) -> None:
-            prompt = request.prompts[index // request.num_images_per_prompt]
-            record = ImageRecord(None, seeds[index], prompt)
-            texts = describe(request, carried_out, record, versions()) if metadata else {}
-            path = save_png(to_pil(picture), pattern.path(seed=seeds[index], index=index, model=made.model), texts)
-            saved.append(ImageRecord(str(path), seeds[index], prompt))
-            out.print(f"{path}   seed {seeds[index]}", soft_wrap=True)
+    def save(index: int, picture: torch.Tensor, carried_out: Plan) -> None:
+        prompt = request.prompts[index // request.num_images_per_prompt]
+        record = ImageRecord(None, seeds[index], prompt)
+        texts = describe(request, carried_out, record, versions(), index) if output.metadata else {}
+        path = save_png(to_pil(picture), output.pattern.path(seed=seeds[index], index=index, model=made.model), texts)
+        saved.append(ImageRecord(str(path), seeds[index], prompt))
+        output.out.print(f"{path}   seed {seeds[index]}", soft_wrap=True)
 
-        result = engine.run(request, made, Inputs(on_picture=save), seeds)
-    report = replace(result.report, images=tuple(saved))
-    if not quiet:
-        out.print(report.table())
-    if report_file is not None:
-        write_report(report, report_file)
+    with ConsoleObserver(output.err, output.quiet) as observer:
+        engine = Engine.of(asked.source, asked.machine, asked.selection, running, observer)
+        try:
+            result = engine.run(request, made, Inputs(on_picture=save), seeds, save_latents=output.save_latents)
+        except DecodeFailed as failed:
+            raise _with_remedy(failed, output.keep(failed, made.model)) from failed
+    if result.latents_file is not None:
+        output.out.print(f"{result.latents_file}   latents", soft_wrap=True)
+    output.finish(result.report, saved)
+    if output.save_latents is not None and result.latents_file is None:
+        raise RunError(f"the pictures are done, but the latents could not be saved in {output.save_latents}")
+
+
+def decode(
+    file: Path, model: str | None, machine: Machine, selection: Selection, running: Running, output: Output, dry: bool
+) -> None:
+    """Decode the latents of an earlier run: its pictures, with all that they say of themselves.
+
+    Args:
+        model: what ``-m`` was given; None takes the file's.
+        dry: plan and explain only.
+
+    Raises:
+        UsageError: the file is not there, or is of another model.
+        RunError: it could not be decoded; the file is left as it is.
+    """
+    latents = read_latents(file)
+    origin = latents.origin
+    try:
+        revision = origin.revision if model is None else None
+        source = resolve_model(model or origin.model, revision=revision, offline=running.offline)
+    except LowMemFlux2Error as error:
+        raise UsageError(f"{file}: {error}; give the model that made the latents with -m") from error
+    saved: list[ImageRecord] = []
+
+    def save(row: int, picture: torch.Tensor, carried_out: Plan) -> None:
+        image = origin.images[row]
+        record = ImageRecord(None, image.seed, image.prompt)
+        texts = {}
+        if output.metadata:
+            texts = describe(origin.request, origin.with_decode(carried_out), record, origin.versions, image.index)
+            if origin.versions != versions():
+                texts["decoded_with"] = " ".join(f"{name}=={version}" for name, version in versions().items())
+        name = output.pattern.path(seed=image.seed or 0, index=image.index, model=origin.plan.model)
+        path = save_png(to_pil(picture), name, texts)
+        saved.append(ImageRecord(str(path), image.seed, image.prompt))
+        output.out.print(f"{path}   seed {image.seed}", soft_wrap=True)
+
+    with ConsoleObserver(output.err, output.quiet) as observer:
+        engine = Engine.of(source, machine, selection, running, observer)
+        if dry or not output.quiet:
+            output.out.print(explain(engine.plan_resume(latents)))
+        if dry:
+            return
+        try:
+            result = engine.resume(latents, str(file), on_picture=save)
+        except DecodeFailed as failed:
+            raise _with_remedy(failed, f"the latents are still in {file}") from failed
+    output.finish(result.report, saved)
+
+
+def _with_remedy(failed: DecodeFailed, remedy: str) -> RunError:
+    """The same failure, with what to do about it; its exit code stays."""
+    error = RunError(f"{failed}\n{remedy}")
+    error.exit_code = failed.exit_code
+    return error

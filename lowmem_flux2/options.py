@@ -164,5 +164,20 @@ NoPrepare = Annotated[
 ]
 AllowFormatChange = Annotated[
     bool,
-    typer.Option("--allow-format-change", help="On recovery only; not in this version.", hidden=True),
+    typer.Option(
+        "--allow-format-change",
+        help="When memory runs out and nothing else helps, go on with a smaller weight format: changes the picture.",
+        rich_help_panel=FIT,
+    ),
+]
+SaveLatents = Annotated[
+    Path | None,
+    typer.Option(help="Keep the denoised latents in this file too, before they are decoded.", rich_help_panel=LOOK),
+]
+FromLatents = Annotated[
+    Path | None,
+    typer.Option(
+        help="Decode the latents of an earlier run and do nothing else; prompt, seed and size are the file's.",
+        rich_help_panel=ASK,
+    ),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from lowmem_flux2.planning.cost import stage_cost, stage_work
 from lowmem_flux2.planning.formats import FORMATS, PLAIN_FORMATS
@@ -101,10 +101,10 @@ class Job:
         found = Search(filter(None, families), self.selection.placement, self.limits, time_then_effort).run()
         return None if found is None else self.priced(found)
 
-    def within(self, device_bytes: int) -> Job:
-        """The job with no more memory of the compute device than this: VRAM, or RAM on a CPU."""
-        field = "vram_bytes" if self.hardware.device == "cuda" else "ram_bytes"
-        capped = min(device_bytes, getattr(self.limits, field))
+    def within(self, most_bytes: int, resource: Literal["device", "host"] = "device") -> Job:
+        """The job with no more memory than this of the compute device, which is RAM on a CPU, or of the host."""
+        field = "vram_bytes" if resource == "device" and self.hardware.device == "cuda" else "ram_bytes"
+        capped = min(most_bytes, getattr(self.limits, field))
         return replace(self, limits=replace(self.limits, **{field: capped}))
 
     def priced(self, stage: StagePlan) -> StagePlan:

@@ -15,7 +15,7 @@ from lowmem_flux2.planning.advice import closest_fits
 from lowmem_flux2.planning.cost import stage_cost
 from lowmem_flux2.planning.detect import NvmlCard, available_ram_bytes, detect, read_nvml, visible_cards
 from lowmem_flux2.planning.hardware import Hardware, load_profile
-from lowmem_flux2.planning.plan import Plan
+from lowmem_flux2.planning.plan import STAGES, Plan
 from lowmem_flux2.planning.planner import make_plan
 from lowmem_flux2.planning.replay import check_replay
 from lowmem_flux2.planning.selection import Selection, limits_of, with_ram_for
@@ -77,10 +77,12 @@ def plan_job(
     *,
     support: Support = SUPPORTED,
     running: bool = False,
+    decode_images: int | None = None,
 ) -> Plan:
     """The plan for a request on a machine.
 
     Args:
+        decode_images: only so many of its images are to be decoded, from latents that are there already.
         running: about to run here. Memory that others hold now is out of reach, and so is what a named profile assumes
             but this machine lacks: the plan keeps to the RAM that is free here and, for a CUDA profile, to the VRAM
             that is free on the card (where NVML sees one).
@@ -90,6 +92,10 @@ def plan_job(
         DoesNotFit: with the commands that would fit.
     """
     workload = workload_of(request, source.spec)
+    stages = STAGES
+    if decode_images is not None:
+        prompts = min(workload.num_prompts, decode_images)
+        workload, stages = replace(workload, num_images=decode_images, num_prompts=prompts), ("decode",)
     most = None
     if running:
         most = limits_of(machine.hardware, _within_reach(Selection(), machine))
@@ -103,11 +109,16 @@ def plan_job(
             profile=machine.profile,
             guidance_scale=request.guidance_scale,
             support=support,
+            stages=stages,
         )
     except DoesNotFit as error:
-        closest = closest_fits(
-            source.spec, workload, machine.hardware, selection, machine.argument, most=most, support=support
-        )
+        closest: tuple[str, ...]
+        if decode_images is not None:
+            closest = () if machine.hardware.device == "cpu" else ("the same command with --device cpu",)
+        else:
+            closest = closest_fits(
+                source.spec, workload, machine.hardware, selection, machine.argument, most=most, support=support
+            )
         raise DoesNotFit(error.stage, error.resource, error.needed_bytes, error.available_bytes, closest) from None
 
 

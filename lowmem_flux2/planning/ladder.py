@@ -2,34 +2,38 @@
 
 Weights keep their format and a batch its composition, so that what has been computed stays right. First come fewer
 resident blocks and fewer slots, which change no pixel; then smaller token chunks, which change none where matmul
-kernels treat rows alike, and smaller VAE tiles, which change pixels slightly.
+kernels treat rows alike, and smaller VAE tiles, which change pixels slightly. A smaller weight format changes the
+picture: it comes last, and only where the user allowed it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf
+from typing import Literal
 
 from lowmem_flux2.planning.candidates import Job
+from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Plan, Stage, StagePlan
 from lowmem_flux2.planning.selection import Selection
 from lowmem_flux2.planning.support import SUPPORTED, Support
+from lowmem_flux2.units import format_bytes
 
 RUNG_SHARE = 0.1
 """A rung lowers the peak by a tenth where it can: less would climb for ever, each rung loads the weights again."""
 
 
-def next_rung(plan: Plan, name: Stage, model: ModelSpec, support: Support = SUPPORTED) -> Plan | None:
-    """The same plan with this stage on the next lower rung; None on the last one."""
+Resource = Literal["device", "host"]
+"""Whose memory ran out. On a CPU both are RAM."""
+
+
+def next_rung(
+    plan: Plan, name: Stage, model: ModelSpec, support: Support = SUPPORTED, resource: Resource = "device"
+) -> Plan | None:
+    """The same plan with this stage on the next lower rung of what ran out; None on the last one."""
     current = plan.stage(name)
-    selection = Selection(
-        dtype=current.compute_dtype,
-        weight_format=current.weight_format if name == "denoise" else "auto",
-        text_weight_format=current.weight_format if name == "encode" else "auto",
-        batch_size=current.batch_size if name == "denoise" else 0,
-    )
-    job = Job(model, plan.workload, plan.hardware, selection, plan.limits, support)
 
     def alike(stage: StagePlan) -> bool:
         return (stage.weight_format, stage.batch_size) == (current.weight_format, current.batch_size)
@@ -40,13 +44,50 @@ def next_rung(plan: Plan, name: Stage, model: ModelSpec, support: Support = SUPP
     def smaller_chunks(stage: StagePlan) -> bool:
         return alike(stage) and _chunk(stage) < _chunk(current)
 
-    peak = peak_bytes(current)
+    job = _job(plan, current, current.weight_format, model, support)
+    return _lowered(plan, current, job, (same_chunks, smaller_chunks), resource)
+
+
+def next_format(
+    plan: Plan, name: Stage, model: ModelSpec, support: Support = SUPPORTED, resource: Resource = "device"
+) -> Plan | None:
+    """The plan with this stage in the most faithful smaller weight format that has a lower peak, for when no rung is
+    left; None where there is none.
+    """
+    current = plan.stage(name)
+    smaller = [fmt for fmt in FORMATS if FORMATS[fmt].weight_error > FORMATS[current.weight_format].weight_error]
+    for fmt in sorted(smaller, key=lambda fmt: FORMATS[fmt].weight_error):
+        job = _job(plan, current, fmt, model, support)
+        lower = _lowered(plan, current, job, (lambda stage: stage.batch_size == current.batch_size,), resource)
+        if lower is not None:
+            return lower
+    return None
+
+
+def _job(plan: Plan, current: StagePlan, weight_format: str, model: ModelSpec, support: Support) -> Job:
+    """All that this stage could be in a weight format."""
+    selection = Selection(
+        dtype=current.compute_dtype,
+        weight_format=weight_format if current.stage == "denoise" else "auto",
+        text_weight_format=weight_format if current.stage == "encode" else "auto",
+        batch_size=current.batch_size if current.stage == "denoise" else 0,
+    )
+    return Job(model, plan.workload, plan.hardware, selection, plan.limits, support)
+
+
+def _lowered(
+    plan: Plan, current: StagePlan, job: Job, kinds: Sequence[Callable[[StagePlan], bool]], resource: Resource
+) -> Plan | None:
+    """The plan with the fastest stage of the first kind that has one with a lower peak, by a share where it can."""
+    peak = peak_bytes(current, resource)
     for most in (int((1 - RUNG_SHARE) * peak), peak - 1):
-        for accept in (same_chunks, smaller_chunks):
-            lower = job.within(most).best(name, accept)
+        for accept in kinds:
+            lower = job.within(most, resource).best(current.stage, accept)
             if lower is not None:
-                lower = replace(lower, reasons=(f"ran out of memory at a predicted peak of {peak} bytes",))
-                return replace(plan, stages=tuple(lower if stage.stage == name else stage for stage in plan.stages))
+                reason = f"ran out of memory at a predicted peak of {format_bytes(peak)}"
+                lower = job.priced(replace(lower, cached_batches=current.cached_batches, reasons=(reason,)))
+                stages = tuple(lower if stage.stage == lower.stage else stage for stage in plan.stages)
+                return replace(plan, stages=stages)
     return None
 
 
@@ -54,6 +95,7 @@ def _chunk(stage: StagePlan) -> float:
     return stage.chunk_tokens or inf
 
 
-def peak_bytes(stage: StagePlan) -> int:
-    """Predicted peak of the memory that the compute device uses: VRAM, or RAM on a CPU."""
-    return stage.cost.peak_ram_bytes if stage.cost.on_host else stage.cost.peak_vram_bytes
+def peak_bytes(stage: StagePlan, resource: Resource = "device") -> int:
+    """Predicted peak of the memory that ran out: VRAM, or RAM for the host and on a CPU."""
+    on_host = resource == "host" or stage.cost.on_host
+    return stage.cost.peak_ram_bytes if on_host else stage.cost.peak_vram_bytes

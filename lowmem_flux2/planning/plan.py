@@ -186,10 +186,32 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class FormatChange:
+    """A smaller weight format taken while running, as the user allowed: what has been computed was kept.
+
+    Args:
+        stage: encode or denoise.
+        before, after: weight formats.
+        partly: images under way at the change.
+        wholly: images that were not begun yet.
+        step: denoising steps that those under way had done.
+    """
+
+    stage: Stage
+    before: str
+    after: str
+    partly: tuple[int, ...]
+    wholly: tuple[int, ...]
+    step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """One plan for one workload on one machine; its peaks are the maxima over its stages.
 
-    ``guidance_scale`` is the request's: it decides pixels, and no cost beyond ``workload.guidance_passes``.
+    All stages are there, or decode alone, where latents come from a file. ``guidance_scale`` is the request's: it
+    decides pixels, and no cost beyond ``workload.guidance_passes``. ``format_changes`` is filled while the plan is
+    carried out.
     """
 
     schema_version: int
@@ -202,9 +224,21 @@ class Plan:
     limits: Limits
     stages: tuple[StagePlan, ...]
     not_executable: tuple[str, ...] = ()
+    format_changes: tuple[FormatChange, ...] = ()
 
     def stage(self, name: Stage) -> StagePlan:
         return next(stage for stage in self.stages if stage.stage == name)
+
+    def weight_format_of(self, name: Stage, image: int) -> str:
+        """What an image's stage was computed with, in words: the weight format, and each that it was changed to."""
+        changes = [change for change in self.format_changes if change.stage == name]
+        text = changes[0].before if changes else self.stage(name).weight_format
+        for change in changes:
+            if image in change.wholly:
+                text = change.after
+            elif image in change.partly:
+                text += f", {change.after} from step {change.step + 1}" if change.step else f" and {change.after}"
+        return text
 
     def is_cached(self, stage: StagePlan) -> bool:
         """Whether the prompt cache holds all that the stage would compute."""
@@ -290,9 +324,9 @@ _BESIDES = ("predicted", "pareto", "rejected")
 
 
 def _check_names(plan: Plan, source: str) -> None:
-    """What types cannot say: the three stages in order, in formats that exist."""
-    if tuple(stage.stage for stage in plan.stages) != STAGES:
-        raise UsageError(f"{source}: stages: must be {', '.join(STAGES)}, in this order")
+    """What types cannot say: the three stages in order, or decode alone, in formats that exist."""
+    if tuple(stage.stage for stage in plan.stages) not in (STAGES, ("decode",)):
+        raise UsageError(f"{source}: stages: must be {', '.join(STAGES)}, in this order, or decode alone")
     for index, stage in enumerate(plan.stages):
         if stage.weight_format not in FORMATS:
             known = ", ".join(FORMATS)
@@ -311,7 +345,7 @@ def _without_derived(stage: Any) -> Any:
     return kept
 
 
-_NOUNS: tuple[Any, ...] = (StageCost, StagePlan, Limits, Plan, Workload, Hardware)
+_NOUNS: tuple[Any, ...] = (StageCost, StagePlan, Limits, FormatChange, Plan, Workload, Hardware)
 for _noun in _NOUNS:
     _noun.__pydantic_config__ = ConfigDict(extra="forbid")
 _PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)

@@ -36,6 +36,7 @@ def make_plan(
     profile: str,
     guidance_scale: float = 0.0,
     support: Support = SUPPORTED,
+    stages: Sequence[Stage] = STAGES,
 ) -> Plan:
     """The best plan by ``selection.prefer`` among those that fit.
 
@@ -44,6 +45,7 @@ def make_plan(
 
     Args:
         guidance_scale: the request's, to be recorded; planning itself needs only the workload's guidance passes.
+        stages: what is left to be done: all, or decode alone.
 
     Raises:
         UsageError: a format, dtype or cache that this hardware or model cannot use.
@@ -53,7 +55,7 @@ def make_plan(
     limits = limits_of(hardware, selection)
     jobs: dict[Stage, Job] = {}
     failures: list[DoesNotFit] = []
-    for name in STAGES:
+    for name in stages:
         for allowed in dict.fromkeys((support, EVERYTHING)):
             job = Job(model, workload, hardware, selection, limits, allowed)
             if any(least.fits(limits) for least in job.least(name)):
@@ -63,7 +65,7 @@ def make_plan(
             failures.append(_does_not_fit(name, job, limits))
     if failures:
         raise max(failures, key=lambda failure: failure.needed_bytes - failure.available_bytes)
-    stages = _with_reasons(jobs, *choose(jobs))
+    planned = _with_reasons(jobs, *(choose(jobs) if "denoise" in jobs else _decode_alone(jobs["decode"])))
     return Plan(
         schema_version=SCHEMA_VERSION,
         profile=profile,
@@ -73,8 +75,8 @@ def make_plan(
         guidance_scale=guidance_scale,
         hardware=hardware,
         limits=limits,
-        stages=stages,
-        not_executable=support.missing_of(stages),
+        stages=planned,
+        not_executable=support.missing_of(planned),
     )
 
 
@@ -106,6 +108,14 @@ def options_of(job: Job, stage: Stage, value: Value) -> list[Option]:
 
 
 Options = dict[Stage, list[Option]]
+
+
+def _decode_alone(job: Job) -> tuple[dict[Stage, StagePlan], Options]:
+    """The choice where nothing is left to be done but decoding."""
+    prefer = job.selection.prefer
+    if prefer == "memory":
+        job = _at_the_least({"decode": job})["decode"]
+    return {"decode": _decode(job, by_time=prefer == "speed")}, {}
 
 
 def choose(jobs: Mapping[Stage, Job]) -> tuple[dict[Stage, StagePlan], Options]:

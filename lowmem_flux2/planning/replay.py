@@ -56,6 +56,8 @@ def check_replay(
         PlanMismatch: lists each field that differs, plan first.
         UsageError: the plan contradicts itself or the model.
     """
+    if len(plan.stages) == 1:
+        raise PlanMismatch(f"{source} decodes latents from a file: it is made anew by generate --from-latents FILE")
     differences = [] if plan.model == spec.name else [f"model: plan {plan.model}, here {spec.name}"]
     planned, asked = asdict(plan.workload), asdict(workload_of(request, spec))
     differences += [f"{key}: plan {planned[key]}, here {asked[key]}" for key in asked if planned[key] != asked[key]]
@@ -131,6 +133,7 @@ def _on(plan: Plan, spec: ModelSpec, hardware: Hardware, here: Limits, support: 
         limits=_least(plan.limits, here),
         stages=stages,
         not_executable=support.missing_of(stages),
+        format_changes=(),
     )
 
 

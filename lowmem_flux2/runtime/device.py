@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import platform
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
@@ -121,6 +123,25 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
     if _MALLOC_TRIM is not None:  # glibc keeps freed pieces of up to 32 MiB in its heaps: a stage's leavings add up
         _MALLOC_TRIM(0)
+
+
+def exhausted(error: BaseException) -> Literal["device", "host"] | None:
+    """Whose memory ran out, where the error says so; None for any other error.
+
+    Torch's own types cover only its allocator on the device: host memory, CUDA's runtime and its libraries say it in
+    words (c10/core/impl/alloc_cpu.cpp, c10/cuda/CUDAException.h, aten/src/ATen/cuda/CUDABlas.cpp).
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return "device"
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return "host"
+    if isinstance(error, RuntimeError):
+        text = str(error)
+        if "DefaultCPUAllocator: " in text and "memory" in text:
+            return "host"
+        if "CUDA error: out of memory" in text or "_STATUS_ALLOC_FAILED" in text:
+            return "device"
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,50 +4,31 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 
 from lowmem_flux2.errors import NotExecutable, UsageError
 from lowmem_flux2.planning.job import AUTO, Machine, plan_job, replay, resolve_machine
-from lowmem_flux2.planning.ladder import next_rung
-from lowmem_flux2.planning.plan import Plan, Stage
+from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.planner import Selection, StreamFrom
 from lowmem_flux2.planning.sources import ModelSource, resolve_model
 from lowmem_flux2.planning.workload import Preference, Request, image_seeds, make_request
-from lowmem_flux2.report import ImageRecord, Report
 from lowmem_flux2.runtime.cache import cache_folder, prompt_cache_limit
 from lowmem_flux2.runtime.denoise import Generators, StepCallback
 from lowmem_flux2.runtime.device import torch_device
 from lowmem_flux2.runtime.download import with_weights
-from lowmem_flux2.runtime.executor import Executor
-from lowmem_flux2.runtime.images import OutputType, images_of
-from lowmem_flux2.runtime.inputs import Inputs, check_inputs
+from lowmem_flux2.runtime.generation import Generation, GenerationJob, carry_out
+from lowmem_flux2.runtime.images import OutputType
+from lowmem_flux2.runtime.inputs import Inputs, OnPicture, check_inputs
+from lowmem_flux2.runtime.latents_file import LatentImage, SavedLatents, read_latents
 from lowmem_flux2.runtime.observer import Observer, Silent
-from lowmem_flux2.runtime.prepared import prepared_stores
-from lowmem_flux2.runtime.prompt_cache import PromptCache, with_known_prompts
-from lowmem_flux2.runtime.versions import versions
-from lowmem_flux2.runtime.weights import CheckpointWeights
+from lowmem_flux2.runtime.running import Running
 from lowmem_flux2.units import parse_bytes
 
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """What ``generate`` returns.
-
-    Attributes:
-        images: by ``output_type`` a list of PIL images, an array (n, h, w, 3) or tensor (n, 3, h, w) in [0, 1], or
-            latents.
-        seeds: seed of each image; None where the caller gave generators or latents.
-        report: predicted beside measured.
-    """
-
-    images: Any
-    seeds: tuple[int | None, ...]
-    report: Report
+__all__ = ["Engine", "Generation"]
 
 
 class Engine:
@@ -65,13 +46,15 @@ class Engine:
         step_cache: ``auto`` or ``off``.
         batch_size: images denoised together; 0 lets the planner choose.
         max_vram, max_ram: caps, in bytes or as text (``"8GiB"``); CUDA's allocator enforces the first, the second binds
-            the plan only.
+            the plan, and a run that exceeds it says so in ``report.events``.
         revision: hub revision.
         offline: never touch the network.
         cache_dir: where prepared weights are kept; else LOWMEM_FLUX2_CACHE, else the platform's cache folder.
         prompt_cache: bytes that embeddings of prompts may take on disk, or as text (``"2GiB"``, ``"off"``); else
             LOWMEM_FLUX2_PROMPT_CACHE, else 1 GiB.
         may_prepare: quantize weights into the store where a plan needs them; False raises instead.
+        allow_format_change: when memory runs out and no plan with the same weight format has a lower peak, go on with a
+            smaller format, which changes the picture; recorded in ``report.events`` and ``report.plan.format_changes``.
         observer: told about stages, steps and events.
 
     Raises:
@@ -99,6 +82,7 @@ class Engine:
         cache_dir: str | Path | None = None,
         prompt_cache: int | str | None = None,
         may_prepare: bool = True,
+        allow_format_change: bool = False,
         observer: Observer | None = None,
     ) -> None:
         self._selection = Selection(
@@ -115,34 +99,24 @@ class Engine:
         )
         self._source = resolve_model(model, revision=revision, offline=offline)
         self._machine = resolve_machine(profile, device, self._selection.max_ram_bytes)
-        self._device = _device_name(device, self._machine)
-        self._offline = offline
-        self._cache, self._may_prepare = cache_folder(Path(cache_dir) if cache_dir is not None else None), may_prepare
-        self._prompt_cache_bytes = prompt_cache_limit(prompt_cache)
+        self._running = Running(
+            device=self._machine.device_name,
+            cache=cache_folder(Path(cache_dir) if cache_dir is not None else None),
+            prompt_cache_bytes=prompt_cache_limit(prompt_cache),
+            offline=offline,
+            may_prepare=may_prepare,
+            allow_format_change=allow_format_change,
+        )
         self._observer = observer or Silent()
 
     @classmethod
     def of(
-        cls,
-        source: ModelSource,
-        machine: Machine,
-        selection: Selection,
-        *,
-        device: str = AUTO,
-        offline: bool = False,
-        cache_dir: Path | None = None,
-        prompt_cache: int | str | None = None,
-        may_prepare: bool = True,
-        observer: Observer | None = None,
+        cls, source: ModelSource, machine: Machine, selection: Selection, running: Running, observer: Observer
     ) -> Engine:
         """An engine from what has been resolved already, as the command line does before it imports torch."""
         engine = cls.__new__(cls)
         engine._source, engine._machine, engine._selection = source, machine, selection
-        engine._device = _device_name(device, machine)
-        engine._offline = offline
-        engine._cache, engine._may_prepare = cache_folder(cache_dir), may_prepare
-        engine._prompt_cache_bytes = prompt_cache_limit(prompt_cache)
-        engine._observer = observer or Silent()
+        engine._running, engine._observer = running, observer
         return engine
 
     def __enter__(self) -> Engine:
@@ -215,18 +189,33 @@ class Engine:
         max_sequence_length: int | None = None,
         callback_on_step_end: StepCallback | None = None,
         plan: Plan | None = None,
+        save_latents: str | Path | None = None,
+        from_latents: str | Path | SavedLatents | None = None,
     ) -> Generation:
-        """Make pictures. Arguments as in diffusers' Flux2Pipeline and Flux2KleinPipeline; ``seed`` is ours.
+        """Make pictures. Arguments as in diffusers' Flux2Pipeline and Flux2KleinPipeline; the last four are ours.
 
         Args:
             seed: image i uses a generator of its own with ``seed + i``; drawn at random where neither seed, generator
                 nor latents are given. Every seed is in the result.
             plan: carry this plan out instead of making one.
+            save_latents: write the denoised latents there before decoding; never over a file that is there.
+            from_latents: decode such a file, or the ``latents`` of a ``DecodeFailed``, and nothing else; all other
+                arguments but ``output_type`` are its own. No text encoder and no transformer is loaded.
 
         Raises:
             UsageError: arguments that contradict each other or cannot be honoured.
+            DecodeFailed: the latents are done, and in the exception, but no picture could be made of them.
             DoesNotFit, CheckpointError, RunError: see ``lowmem_flux2.errors``.
         """
+        if from_latents is not None:
+            asked = (prompt, image, negative_prompt, height, width, num_inference_steps, sigmas, guidance_scale)
+            given = (generator, seed, latents, prompt_embeds, negative_prompt_embeds, plan, save_latents)
+            others: tuple[object, ...] = (*asked, *given, max_sequence_length, callback_on_step_end)
+            if any(value is not None for value in others) or num_images_per_prompt != 1:
+                raise UsageError("from_latents: prompt, seed, size and all else are the latents' own: leave them out")
+            if isinstance(from_latents, SavedLatents):
+                return self.resume(from_latents, output_type=output_type)
+            return self.resume(read_latents(Path(from_latents)), str(from_latents), output_type)
         if image is not None:
             raise UsageError("reference images (image=...) are not in this version")
         if (prompt is None) == (prompt_embeds is None):
@@ -269,7 +258,43 @@ class Engine:
         check_inputs(self._source.spec, request, inputs)
         if plan is not None:
             plan = replay(plan, self._source, self._machine, request, "the given plan", self._selection)
-        return self.run(request, plan or self.plan(request), inputs, seeds, output_type)
+        file = None if save_latents is None else Path(save_latents)
+        return self.run(request, plan or self.plan(request), inputs, seeds, output_type, file)
+
+    def resume(
+        self,
+        saved: SavedLatents,
+        name: str = "the latents",
+        output_type: OutputType = "pil",
+        on_picture: OnPicture | None = None,
+    ) -> Generation:
+        """Decode saved latents, for which neither text encoder nor transformer is loaded.
+
+        Args:
+            name: what to call them in messages.
+            on_picture: told of each picture; its number is that of the row in ``saved``.
+
+        Raises:
+            UsageError: latents of a model with another VAE.
+            DoesNotFit, CheckpointError, RunError: as ``generate``.
+        """
+        plan, origin = self.plan_resume(saved), saved.origin
+        inputs = Inputs(packed=saved.latents, on_picture=on_picture)
+        job = GenerationJob(origin.request, plan, inputs, origin.images, output_type, resumed=saved, resumed_name=name)
+        return self._carry_out(job)
+
+    def plan_resume(self, saved: SavedLatents) -> Plan:
+        """The plan that decodes saved latents: the decode stage alone, in the dtype that they were made in."""
+        origin = saved.origin
+        selection = origin.selection(self._selection, self._machine.hardware)
+        return plan_job(
+            self._source,
+            self._machine,
+            origin.request,
+            selection,
+            running=True,
+            decode_images=len(saved.latents),
+        )
 
     def run(
         self,
@@ -278,56 +303,24 @@ class Engine:
         inputs: Inputs,
         seeds: Sequence[int | None],
         output_type: OutputType = "pil",
+        save_latents: Path | None = None,
     ) -> Generation:
         """Carry a plan out for a request that is already checked. Images with a seed get a generator of their own."""
-        # Before a download of many gigabytes, or the preparing of what cannot run.
-        torch_device(self._device)
-        if plan.not_executable:
-            raise NotExecutable(
-                "this plan needs what this version cannot carry out yet: " + "; ".join(plan.not_executable)
-            )
-        self._source = with_weights(self._source, offline=self._offline)
-        folder, form = self._source.folder, self._source.spec.form
-        assert folder is not None
         numbers = [number for number in seeds if number is not None]
         if numbers:
             inputs = replace(inputs, generators=[torch.Generator().manual_seed(number) for number in numbers])
-        if output_type == "latent":
-            # The stock pipelines differ here: dev returns packed latents, klein denormalised and unpatchified ones.
-            inputs = replace(inputs, result="packed_latents" if form == "dev" else "vae_latents")
-
-        def replan(current: Plan, stage: Stage) -> Plan | None:
-            return next_rung(current, stage, self._source.spec)
-
-        events: list[str] = []
-
-        def event(text: str) -> None:
-            events.append(text)
-            self._observer.event(text)
-
-        if self._prompt_cache_bytes:
-            device = torch_device(self._device)
-            cache = PromptCache.of(self._source, plan, device, self._cache, self._prompt_cache_bytes, event)
-            plan, inputs = with_known_prompts(cache, self._source, plan, request, inputs)
-        stores = prepared_stores(plan, self._source, self._cache, self._may_prepare, self._observer)
-        weights = CheckpointWeights(folder, stores)
-        executor = Executor(plan, self._source.spec, folder, self._device, self._observer, weights, replan)
-        outcome = executor.run(request, inputs)
         prompts = [text for text in request.prompts for _ in range(request.num_images_per_prompt)]
-        records = tuple(ImageRecord(None, number, text) for number, text in zip(seeds, prompts, strict=True))
-        report = Report(
-            executor.plan,
-            tuple(outcome.measures),
-            (*events, *outcome.events),
-            records,
-            versions(),
-            cached_prompts=tuple(dict.fromkeys(prompt for batch in inputs.known for prompt in batch)),
-        )
-        return Generation(images_of(outcome, self._source.spec, output_type), tuple(seeds), report)
+        images = tuple(LatentImage(at, *pair) for at, pair in enumerate(zip(seeds, prompts, strict=True)))
+        return self._carry_out(GenerationJob(request, plan, inputs, images, output_type, save_latents))
 
-
-def _device_name(device: str, machine: Machine) -> str:
-    return machine.hardware.device if device == AUTO else device
+    def _carry_out(self, job: GenerationJob) -> Generation:
+        # Before a download of many gigabytes, or the preparing of what cannot run.
+        torch_device(self._running.device)
+        if job.plan.not_executable:
+            missing = "; ".join(job.plan.not_executable)
+            raise NotExecutable(f"this plan needs what this version cannot carry out yet: {missing}")
+        self._source = with_weights(self._source, offline=self._running.offline)
+        return carry_out(job, self._source, self._running, self._observer)
 
 
 def _size(size: int | str | None) -> int | None:

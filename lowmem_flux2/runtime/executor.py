@@ -16,8 +16,9 @@ import torch
 
 from lowmem_flux2.errors import RunError
 from lowmem_flux2.planning.batches import Batch, batches_a_pass, negatives_of, prompt_batches
+from lowmem_flux2.planning.ladder import Resource
 from lowmem_flux2.planning.models import ModelSpec
-from lowmem_flux2.planning.plan import Placement, Plan, Stage, StagePlan
+from lowmem_flux2.planning.plan import Plan, Stage, StagePlan
 from lowmem_flux2.planning.workload import Request
 from lowmem_flux2.report import StageMeasure
 from lowmem_flux2.runtime.decode import Decoder
@@ -26,6 +27,15 @@ from lowmem_flux2.runtime.device import DTYPES, cap_vram, measure, release_memor
 from lowmem_flux2.runtime.encode import TextEncoder
 from lowmem_flux2.runtime.inputs import Inputs, batches_to_encode
 from lowmem_flux2.runtime.observer import Observer
+from lowmem_flux2.runtime.recovery import (
+    Begun,
+    begun_images,
+    begun_prompts,
+    last_rung,
+    out_of_memory,
+    rung_words,
+    with_format_change,
+)
 from lowmem_flux2.runtime.weights import Weights
 
 
@@ -43,7 +53,8 @@ class Outcome:
 class Executor:
     """One plan, one request, the folder with a model's configs and tokenizer, and where its weights come from.
 
-    ``replan`` gives the plan with a stage's next lower peak, None on the last rung: the ladder's only policy.
+    ``replan`` gives the plan with a stage's next lower peak of the memory that ran out, None on the last rung: the
+    ladder's only policy.
     """
 
     def __init__(
@@ -54,7 +65,7 @@ class Executor:
         device_name: str,
         observer: Observer,
         weights: Weights,
-        replan: Callable[[Plan, Stage], Plan | None],
+        replan: Callable[[Plan, Stage, Resource], Plan | None],
     ) -> None:
         self._plan = plan
         self._model = model
@@ -64,11 +75,18 @@ class Executor:
         self._weights = weights
         self._replan = replan
         self._outcome = Outcome()
+        self._pictures: list[torch.Tensor] = []
 
     @property
     def plan(self) -> Plan:
         """The plan as it is being carried out: the ladder may have lowered stages of it."""
         return self._plan
+
+    @property
+    def undecoded(self) -> tuple[int, torch.Tensor] | None:
+        """How many images have their picture, and all packed latents; None before those are done, or when all have."""
+        packed, done = self._outcome.packed_latents, len(self._pictures)
+        return None if packed is None or done == len(packed) else (done, packed)
 
     def run(self, request: Request, inputs: Inputs) -> Outcome:
         """Carry the plan out.
@@ -78,22 +96,23 @@ class Executor:
             RunError: out of memory on the last rung of the recovery ladder.
         """
         cap_vram(self._device, self._plan.limits.vram_bytes, self._plan.hardware.context_bytes)
-        embeds, negative = self._encode(request, inputs)
-        self._outcome.packed_latents = self._denoise(request, inputs, embeds, negative)
+        packed = inputs.packed
+        if packed is None:
+            packed = self._denoise(request, inputs, *self._encode(request, inputs))
+        self._outcome.packed_latents = packed
+        if inputs.on_latents is not None:
+            inputs.on_latents(packed, self._plan)
         if inputs.result != "packed_latents":
-            self._decode(request, inputs, self._outcome.packed_latents)
+            self._decode(request, inputs, packed)
         return self._outcome
 
     # -------------------------------------------------------------------------------------------------- stages
 
     def _encode(self, request: Request, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One row of embeddings an image, for each guidance pass."""
-        made = dict(inputs.known)
-        missing = [
-            batch for batch in dict.fromkeys(batches_to_encode(request, self._plan, inputs)) if batch not in made
-        ]
-        if missing:
-            self._encode_batches(missing, request.max_sequence_length, made, inputs)
+        made, wanted = dict(inputs.known), batches_to_encode(request, self._plan, inputs)
+        if any(batch not in made for batch in wanted):
+            self._encode_batches(wanted, request, made, inputs)
         batches = prompt_batches(request.prompts, self._plan.stage("encode").batch_size)
         embeds, negative = inputs.prompt_embeds, inputs.negative_prompt_embeds
         if embeds is None:
@@ -106,16 +125,18 @@ class Executor:
         return embeds, negative.repeat_interleave(repeats, dim=0) if negative is not None and two_passes else None
 
     def _encode_batches(
-        self, batches: list[Batch], length: int, made: dict[Batch, torch.Tensor], inputs: Inputs
+        self, wanted: list[Batch], request: Request, made: dict[Batch, torch.Tensor], inputs: Inputs
     ) -> None:
         """Put the embeddings of each batch into ``made``, in as few passes over the weights as memory allows."""
-        planned = self._plan.stage("encode")
+        batches = [batch for batch in dict.fromkeys(wanted) if batch not in made]
+        planned, length = self._plan.stage("encode"), request.max_sequence_length
         dtype_bytes = DTYPES[planned.compute_dtype].itemsize
         together = batches_a_pass(self._model.text_encoder, planned.batch_size, length, dtype_bytes)
         passes = [batches[at : at + together] for at in range(0, len(batches), together)]
 
         def attempt(stage: StagePlan, loaded: Callable[[], None]) -> None:
-            left = [group for group in passes if group[0] not in made]
+            missing = [[batch for batch in group if batch not in made] for group in passes]
+            left = [group for group in missing if group]
             arguments = (self._folder, self._model, stage, self._device, self._event, self._weights, len(left))
             with closing(TextEncoder(*arguments)) as encoder:
                 loaded()
@@ -127,7 +148,10 @@ class Executor:
                         if inputs.on_encoded is not None:
                             inputs.on_encoded(batch, embeddings, self._plan)
 
-        self._climb("encode", len(passes) * len(planned.block_placements), attempt)
+        def begun() -> Begun:
+            return begun_prompts(request, planned.batch_size, wanted, made)
+
+        self._climb("encode", len(passes) * len(planned.block_placements), attempt, begun)
 
     def _denoise(
         self, request: Request, inputs: Inputs, embeds: torch.Tensor, negative: torch.Tensor | None
@@ -152,51 +176,61 @@ class Executor:
                     on_step=self._observer.advanced,
                 )
 
-        batches = -(-request.num_images // self._plan.stage("denoise").batch_size)
-        self._climb("denoise", batches * request.num_inference_steps, attempt)
+        size = self._plan.stage("denoise").batch_size
+
+        def begun() -> Begun:
+            return begun_images(request.num_images, size, len(progress.finished), progress.step)
+
+        batches = -(-request.num_images // size)
+        self._climb("denoise", batches * request.num_inference_steps, attempt, begun)
         return torch.cat(progress.finished)
 
     def _decode(self, request: Request, inputs: Inputs, packed: torch.Tensor) -> None:
-        multiple = self._model.size_multiple
-        pictures: list[torch.Tensor] = []
+        multiple, pictures = self._model.size_multiple, self._pictures
 
         def attempt(stage: StagePlan, loaded: Callable[[], None]) -> None:
             with closing(Decoder(self._folder, self._model, stage, self._device, self._weights)) as decoder:
                 loaded()
-                latents = decoder.unpack(packed, request.height // multiple, request.width // multiple)
+                in_dtype = packed.to(DTYPES[stage.compute_dtype])
+                latents = decoder.unpack(in_dtype, request.height // multiple, request.width // multiple)
                 self._outcome.vae_latents = latents.to("cpu")
                 if inputs.result == "pictures":
                     for index in range(len(pictures), len(latents)):
-                        pictures.append(decoder.decode(latents[index : index + 1]))
+                        picture = decoder.decode(latents[index : index + 1])
                         if inputs.on_picture is not None:
-                            inputs.on_picture(index, pictures[index], self._plan)
+                            inputs.on_picture(index, picture, self._plan)
+                        pictures.append(picture)
                         self._observer.advanced()
 
-        self._climb("decode", request.num_images, attempt)
+        self._climb("decode", len(packed), attempt)
         if pictures:
             self._outcome.pictures = torch.cat(pictures)
 
     # ------------------------------------------------------------------------------------------------- recovery
 
-    def _climb(self, name: Stage, total: int, attempt: Callable[[StagePlan, Callable[[], None]], None]) -> None:
+    def _climb(
+        self,
+        name: Stage,
+        total: int,
+        attempt: Callable[[StagePlan, Callable[[], None]], None],
+        begun: Callable[[], Begun] = Begun,
+    ) -> None:
         """Run a stage, measured; when memory runs out, go on with the plan of the next lower peak.
 
-        What ``attempt`` has finished stays with the caller, so no work is lost.
+        What ``attempt`` has finished stays with the caller, so no work is lost; ``begun`` says what that is.
 
         Raises:
             RunError: out of memory on the last rung.
         """
         with self._measured(name, total) as loaded:
-            while (failure := _out_of_memory(attempt, self._plan.stage(name), loaded)) is not None:
+            while (failure := out_of_memory(lambda: attempt(self._plan.stage(name), loaded))) is not None:
                 release_memory(self._device)
-                lower = self._replan(self._plan, name)
+                lower = self._replan(self._plan, name, failure.resource)
                 if lower is None:
-                    raise RunError(
-                        f"{name}: out of memory, and no plan has a lower peak ({failure}); close what else uses the "
-                        "device, or ask for a smaller picture or a smaller --weight-format"
-                    )
-                self._plan = lower
-                self._event(f"{name}: out of memory ({failure}); going on with {_words(lower.stage(name))}")
+                    raise RunError(last_rung(name, failure))
+                words = rung_words(self._plan.stage(name), lower.stage(name))
+                self._event(f"{name}: {failure.what} ({failure.details}); going on with {words}")
+                self._plan = with_format_change(self._plan, lower, name, begun())
 
     # ------------------------------------------------------------------------------------------------ measuring
 
@@ -235,22 +269,3 @@ class Executor:
             )
         )
         self._observer.stage_finished(stage)
-
-
-def _out_of_memory(
-    attempt: Callable[[StagePlan, Callable[[], None]], None], stage: StagePlan, loaded: Callable[[], None]
-) -> str | None:
-    """The error's first sentence, or None. Returns before anything is done about it: its traceback holds tensors."""
-    try:
-        attempt(stage, loaded)
-    except torch.OutOfMemoryError as error:
-        return str(error).partition(". ")[0].partition("\n")[0] or "no details"
-    return None
-
-
-def _words(stage: StagePlan) -> str:
-    """A rung in a few words."""
-    if stage.tile_px:
-        return f"tiles of {stage.tile_px} px"
-    resident = stage.count(Placement.GPU)
-    return f"{resident} of {len(stage.block_placements)} blocks resident, {stage.slots} slots"

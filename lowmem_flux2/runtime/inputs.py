@@ -15,6 +15,7 @@ from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.workload import Request, guidance_passes
 from lowmem_flux2.runtime.denoise import Generators, StepCallback
 
+OnPicture = Callable[[int, torch.Tensor, Plan], None]
 Wanted = Literal["pictures", "vae_latents", "packed_latents"]
 
 
@@ -37,7 +38,11 @@ class Inputs:
     """Embeddings of batches of prompts from the prompt cache: equal to those that the encoder would make."""
     on_encoded: Callable[[Batch, torch.Tensor, Plan], None] | None = None
     """Told of each batch of prompts that the encoder made, with the plan that made it."""
-    on_picture: Callable[[int, torch.Tensor, Plan], None] | None = None
+    packed: torch.Tensor | None = None
+    """Denoised latents (images, tokens, channels): nothing is left to do but to decode them."""
+    on_latents: Callable[[torch.Tensor, Plan], None] | None = None
+    """Told of the denoised latents, packed, before they are decoded."""
+    on_picture: OnPicture | None = None
     """Told of each picture (1, 3, height, width) as soon as it is decoded, so that a later failure loses none, with the
     plan that made it: the ladder may have taken smaller tiles."""
 

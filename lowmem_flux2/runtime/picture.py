@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import string
 import tempfile
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.workload import Request
 from lowmem_flux2.report import ImageRecord
+from lowmem_flux2.runtime.newfile import write_new
 
 FIELDS = ("seed", "index", "model")
 LONGEST_NAME_BYTES = 220
@@ -43,6 +42,9 @@ class OutputPattern:
             raise UsageError(f"--output {pattern}: pictures are written as .png")
         self._pattern = pattern
         check_writable("--output", self.path(seed=LONGEST_SEED, index=LONGEST_INDEX, model="model"), pattern)
+
+    def __str__(self) -> str:
+        return self._pattern
 
     def path(self, *, seed: int, index: int, model: str) -> Path:
         return Path(self._pattern.format(seed=seed, index=index, model=model.replace("/", "--")))
@@ -83,39 +85,13 @@ def save_png(picture: Image, path: Path, metadata: Mapping[str, str]) -> Path:
     info = PngInfo()
     for key, value in metadata.items():
         info.add_itxt(key, value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}.png.tmp")
-    try:
-        with temporary.open("wb") as file:
-            picture.save(file, format="PNG", pnginfo=info)
-            file.flush()
-            os.fsync(file.fileno())
-        number = 1
-        while True:
-            target = path if number == 1 else path.with_name(f"{path.stem}_{number}{path.suffix}")
-            try:
-                os.link(temporary, target)  # fails if it exists, also against another process at the same moment
-                return target
-            except FileExistsError:
-                number += 1
-            except OSError:  # a file system without hard links
-                try:
-                    target.touch(exist_ok=False)  # claims the name
-                except FileExistsError:
-                    number += 1
-                    continue
-                try:
-                    temporary.replace(target)
-                except BaseException:
-                    target.unlink()
-                    raise
-                return target
-    finally:
-        temporary.unlink(missing_ok=True)
+    return write_new(path, lambda file: picture.save(file, format="PNG", pnginfo=info))
 
 
-def describe(request: Request, plan: Plan, record: ImageRecord, versions: Mapping[str, str]) -> dict[str, str]:
-    """What a PNG says of itself: enough to make it again."""
+def describe(
+    request: Request, plan: Plan, record: ImageRecord, versions: Mapping[str, str], index: int = 0
+) -> dict[str, str]:
+    """What the PNG of the run's image ``index`` says of itself: enough to make it again."""
     texts = {
         "prompt": record.prompt,
         "seed": "" if record.seed is None else str(record.seed),
@@ -126,8 +102,8 @@ def describe(request: Request, plan: Plan, record: ImageRecord, versions: Mappin
         "batch_size": str(plan.stage("denoise").batch_size),
         "images": str(request.num_images),
         "dtype": plan.stage("denoise").compute_dtype,
-        "weight_format": plan.stage("denoise").weight_format,
-        "text_weight_format": plan.stage("encode").weight_format,
+        "weight_format": plan.weight_format_of("denoise", index),
+        "text_weight_format": plan.weight_format_of("encode", index),
         "vae_tile": str(plan.stage("decode").tile_px or "off"),
         "max_sequence_length": str(request.max_sequence_length),
         "plan": plan.digest,

@@ -2,49 +2,63 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
 from lowmem_flux2.errors import CheckpointMissing
 from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.plan import Plan, StagePlan
 from lowmem_flux2.planning.sources import ModelSource
+from lowmem_flux2.planning.support import SUPPORTED, Support
 from lowmem_flux2.runtime.observer import Observer
 from lowmem_flux2.runtime.prepare import prepare
+from lowmem_flux2.runtime.running import Running
 from lowmem_flux2.runtime.store import PreparedStore, find
 
 
-def prepared_stores(
-    plan: Plan, source: ModelSource, cache: Path, may_prepare: bool, observer: Observer
-) -> dict[str, PreparedStore]:
+def prepared_stores(plan: Plan, source: ModelSource, running: Running, observer: Observer) -> dict[str, PreparedStore]:
     """The prepared store of each component that the plan quantizes and loads.
 
     Raises:
         CheckpointMissing: one is not there and must not be made; says the command that makes it.
     """
     return {
-        stage.component: _store(stage, source, cache, may_prepare, observer)
+        stage.component: _store(stage, source, running, observer)
         for stage in plan.stages
         if FORMATS[stage.weight_format].is_quantized and not plan.is_cached(stage)
     }
 
 
-def _store(stage: StagePlan, source: ModelSource, cache: Path, may_prepare: bool, observer: Observer) -> PreparedStore:
+def at_hand(stage: StagePlan, source: ModelSource, running: Running) -> Support:
+    """What the stage's component can run in: all that is supported, or what is prepared where no more may be."""
+    if running.may_prepare:
+        return SUPPORTED
+    assert source.folder is not None
+    asked = (source.folder, stage.component)
+    formats = {
+        name
+        for name in SUPPORTED.weight_formats
+        if not FORMATS[name].is_quantized or find(*asked, name, stage.compute_dtype, running.cache) is not None
+    }
+    return replace(SUPPORTED, weight_formats=frozenset(formats))
+
+
+def _store(stage: StagePlan, source: ModelSource, running: Running, observer: Observer) -> PreparedStore:
     assert source.folder is not None
     asked = (stage.component, stage.weight_format, stage.compute_dtype)
-    found = find(source.folder, *asked, cache)
+    found = find(source.folder, *asked, running.cache)
     if found is not None:
         return found
-    if not may_prepare:
+    if not running.may_prepare:
         raise CheckpointMissing(
             f"{stage.component} in {stage.weight_format} is not prepared, and --no-prepare was given; run: "
             f"lowmem-flux2 prepare -m {source.spec.source} --component {stage.component} "
-            f"--weight-format {stage.weight_format} --dtype {stage.compute_dtype} --cache-dir {cache}"
+            f"--weight-format {stage.weight_format} --dtype {stage.compute_dtype} --cache-dir {running.cache}"
         )
     made = prepare(
         source.folder,
         source.spec,
         *asked,
-        cache,
+        running.cache,
         on_start=lambda blocks: observer.stage_started("prepare", blocks),
         on_block=observer.advanced,
     )

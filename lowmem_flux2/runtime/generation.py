@@ -1,0 +1,134 @@
+"""From a plan to pictures: what the plan needs is fetched, the executor runs, and what it made is handed back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowmem_flux2.errors import DecodeFailed, LowMemFlux2Error
+from lowmem_flux2.planning.ladder import Resource, next_format, next_rung
+from lowmem_flux2.planning.plan import Plan, Stage
+from lowmem_flux2.planning.sources import ModelSource
+from lowmem_flux2.planning.workload import Request
+from lowmem_flux2.report import ImageRecord, Report
+from lowmem_flux2.runtime.device import torch_device
+from lowmem_flux2.runtime.executor import Executor
+from lowmem_flux2.runtime.images import OutputType, images_of
+from lowmem_flux2.runtime.inputs import Inputs
+from lowmem_flux2.runtime.latents_file import LatentImage, SavedLatents, check_latents, saved_latents
+from lowmem_flux2.runtime.observer import Observer
+from lowmem_flux2.runtime.prepared import at_hand, prepared_stores
+from lowmem_flux2.runtime.prompt_cache import PromptCache, with_known_prompts
+from lowmem_flux2.runtime.running import Running
+from lowmem_flux2.runtime.versions import versions
+from lowmem_flux2.runtime.weights import CheckpointWeights
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What ``generate`` returns.
+
+    Attributes:
+        images: by ``output_type`` a list of PIL images, an array (n, h, w, 3) or tensor (n, 3, h, w) in [0, 1], or
+            latents.
+        seeds: seed of each image; None where the caller gave generators or latents.
+        report: predicted beside measured.
+        latents_file: where the latents were saved, if that was asked for.
+    """
+
+    images: Any
+    seeds: tuple[int | None, ...]
+    report: Report
+    latents_file: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationJob:
+    """What is to be made: a checked request, its plan, and what the caller hands over.
+
+    Args:
+        images: one for each picture.
+        save_latents: where the denoised latents are saved before they are decoded.
+        resumed: latents of an earlier run, which ``inputs`` and ``images`` are of; then the plan is to decode alone.
+        resumed_name: what to call them in messages.
+    """
+
+    request: Request
+    plan: Plan
+    inputs: Inputs
+    images: tuple[LatentImage, ...]
+    output_type: OutputType
+    save_latents: Path | None = None
+    resumed: SavedLatents | None = None
+    resumed_name: str = ""
+
+
+def carry_out(job: GenerationJob, source: ModelSource, running: Running, observer: Observer) -> Generation:
+    """Carry a plan out, for a model with weights.
+
+    Raises:
+        DecodeFailed: with the latents, which were done.
+        LowMemFlux2Error: whatever else went wrong.
+    """
+    assert source.folder is not None
+    events: list[str] = []
+    written: list[Path] = []
+
+    def event(text: str) -> None:
+        events.append(text)
+        observer.event(text)
+
+    plan, inputs = job.plan, job.inputs
+    if job.output_type == "latent":
+        # The stock pipelines differ here: dev returns packed latents, klein denormalised and unpatchified ones.
+        inputs = replace(inputs, result="packed_latents" if source.spec.form == "dev" else "vae_latents")
+    if job.resumed is None and running.prompt_cache_bytes:
+        device = torch_device(running.device)
+        cache = PromptCache.of(source, plan, device, running.cache, running.prompt_cache_bytes, event)
+        plan, inputs = with_known_prompts(cache, source, plan, job.request, inputs)
+    stores = prepared_stores(plan, source, running, observer)
+    weights = CheckpointWeights(source.folder, stores)
+    if job.resumed is not None:
+        check_latents(job.resumed, source, weights, job.resumed_name)
+
+    def replan(current: Plan, stage: Stage, resource: Resource) -> Plan | None:
+        lower = next_rung(current, stage, source.spec, resource=resource)
+        if lower is None and stage != "decode" and running.allow_format_change:
+            lower = next_format(current, stage, source.spec, at_hand(current.stage(stage), source, running), resource)
+            if lower is not None:
+                stores.update(prepared_stores(lower, source, running, observer))
+        return lower
+
+    def saved(packed: torch.Tensor, carried_out: Plan) -> SavedLatents:
+        return job.resumed or saved_latents(source, job.request, carried_out, job.images, packed, weights)
+
+    def save(packed: torch.Tensor, carried_out: Plan) -> None:
+        assert job.save_latents is not None
+        try:
+            written.append(saved(packed, carried_out).save(job.save_latents))
+        except OSError as error:  # the pictures are still to be had
+            event(f"the latents could not be saved in {job.save_latents}: {error}")
+
+    if job.save_latents is not None:
+        inputs = replace(inputs, on_latents=save)
+    executor = Executor(plan, source.spec, source.folder, running.device, observer, weights, replan)
+    try:
+        outcome = executor.run(job.request, inputs)
+    except (LowMemFlux2Error, OSError) as error:
+        if executor.undecoded is None:
+            raise
+        done, packed = executor.undecoded
+        raise DecodeFailed(error, saved(packed, executor.plan).after(done), next(iter(written), None)) from error
+    report = Report(
+        executor.plan,
+        tuple(outcome.measures),
+        (*events, *outcome.events),
+        tuple(ImageRecord(None, image.seed, image.prompt) for image in job.images),
+        versions(),
+        cached_prompts=tuple(dict.fromkeys(prompt for batch in inputs.known for prompt in batch)),
+    )
+    seeds = tuple(image.seed for image in job.images)
+    return Generation(images_of(outcome, source.spec, job.output_type), seeds, report, next(iter(written), None))
