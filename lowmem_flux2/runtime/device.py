@@ -113,13 +113,15 @@ def unregister_pinned(span: torch.Tensor) -> None:
     torch.cuda.cudart().cudaHostUnregister(span.data_ptr())
 
 
-def release_memory(device: torch.device) -> None:
+def release_memory(device: torch.device, after_failure: bool = False) -> None:
     """Give freed blocks back to the driver and the system, after the stage's last reference is gone.
 
-    On a CPU reference counts have freed them already, and a full collection takes 0.3 s over the libraries' objects.
+    On a CPU reference counts have freed them already, and a full collection takes 0.3 s over the libraries' objects;
+    but an exception that went through them may have left cycles.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" or after_failure:
         gc.collect()
+    if device.type == "cuda":
         torch.cuda.empty_cache()
     if _MALLOC_TRIM is not None:  # glibc keeps freed pieces of up to 32 MiB in its heaps: a stage's leavings add up
         _MALLOC_TRIM(0)

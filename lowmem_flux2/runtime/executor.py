@@ -224,7 +224,7 @@ class Executor:
         """
         with self._measured(name, total) as loaded:
             while (failure := out_of_memory(lambda: attempt(self._plan.stage(name), loaded))) is not None:
-                release_memory(self._device)
+                release_memory(self._device, after_failure=True)
                 lower = self._replan(self._plan, name, failure.resource)
                 if lower is None:
                     raise RunError(last_rung(name, failure))

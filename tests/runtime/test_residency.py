@@ -141,6 +141,52 @@ def test_memory_is_given_back_after_each_run(large: Path, tiny_klein: Path) -> N
     assert after[-1] - after[0] < 4 * MIB  # nor does it grow from run to run
 
 
+RUNS_OUT = """
+import json, resource, sys, threading
+import torch
+from lowmem_flux2 import Engine
+from lowmem_flux2.errors import DecodeFailed
+from lowmem_flux2.runtime.device import _STATUS, release_memory
+from lowmem_flux2.runtime.observer import Silent
+
+torch.set_num_threads(1)
+threading.stack_size(1 << 20)  # not 8 MiB, which would count
+large, room = sys.argv[1], int(sys.argv[2])
+asked = dict(height=64, width=64, num_inference_steps=3, guidance_scale=4.0, max_sequence_length=64, seed=0)
+events = []
+observer = Silent()
+observer.event = events.append
+engine = Engine(large, dtype="fp32", placement="resident", observer=observer)
+expected = engine.generate("a red circle", **asked, output_type="pt")
+release_memory(torch.device("cpu"))
+size = next(int(line.split()[1]) << 10 for line in _STATUS.read_text().splitlines() if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (size + room, resource.RLIM_INFINITY))
+try:
+    engine.generate("a red circle", **asked, output_type="pt")
+except DecodeFailed as error:
+    failed = error
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+made = engine.generate(from_latents=failed.latents, output_type="pt")
+print(json.dumps({"events": events, "failed": str(failed), "equal": bool(torch.equal(made.images, expected.images))}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_memory_that_really_runs_out_is_survived(large: Path) -> None:
+    """With less address space than the resident blocks need, no error is made up: the transformer is streamed, and the
+    VAE, which never is, decodes the latents when there is room again."""
+    room = weights(large, "transformer", "transformer_blocks.", "single_transformer_blocks.") * 9 // 10
+    command = [sys.executable, "-c", RUNS_OUT, str(large), str(room)]
+    # malloc otherwise keeps address space for later, differently each time
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert "denoise: out of RAM (can't allocate memory" in measured["events"][-1]
+    assert "decode: out of RAM, and no plan has a lower peak (can't allocate memory" in measured["failed"]
+    assert measured["equal"]
+
+
 def test_the_meter_sees_memory_that_comes_and_goes() -> None:
     before = host_use().anonymous_bytes
     with measure(torch.device("cpu"), 0) as taken:
