@@ -19,7 +19,7 @@ from gpu.meter import Meters
 from gpu.subjects import Subject, subject
 from lowmem_flux2.planning.cost import stage_cost
 from lowmem_flux2.planning.job import Machine, plan_job, resolve_machine
-from lowmem_flux2.planning.ladder import next_rung
+from lowmem_flux2.planning.ladder import Resource, next_rung
 from lowmem_flux2.planning.plan import Placement, Plan, Stage, StagePlan
 from lowmem_flux2.planning.selection import Selection
 from lowmem_flux2.planning.workload import Request, make_request
@@ -168,8 +168,8 @@ def carry_out(
     watch, meters = watch or Watch(), Meters()
     weights = GeneratedWeights(model.source.spec, bench.pieces, meters, make_sources, on_blocks)
 
-    def replan(current: Plan, stage: Stage) -> Plan | None:
-        return next_rung(current, stage, model.source.spec)
+    def replan(current: Plan, stage: Stage, resource: Resource) -> Plan | None:
+        return next_rung(current, stage, model.source.spec, resource=resource)
 
     executor = Executor(plan, model.source.spec, model.folder, bench.device, watch, weights, replan)
     generators = [torch.Generator().manual_seed(SEED)]
