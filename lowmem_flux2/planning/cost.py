@@ -308,6 +308,8 @@ def stage_cost(stage: StagePlan, model: ModelSpec, workload: Workload, hardware:
     tiers = tiers_of(stage, work.block_bytes, on_host)
     device = device_bytes(work, tiers.gpu, tiers.slots)
     load, run = load_ns(work, tiers, hardware), stage_timeline(stage, work, hardware).total_ns(work.rounds)
+    # A ring that may not be pinned works from pageable memory; the reads before it, not its copies, set its pace.
+    pinned_ring = tiers.ring if tiers.pinned + tiers.ring <= hardware.pinnable_bytes else 0
     compute = work.rounds * (sum(work.compute_ns) + work.between_ns)
     from_disk = [placement is Placement.DISK for placement in stage.block_placements]
     ways = passages(stage, work.block_bytes, hardware)
@@ -319,8 +321,8 @@ def stage_cost(stage: StagePlan, model: ModelSpec, workload: Workload, hardware:
         activation_bytes=device.activation,
         margin_bytes=device.margin,
         context_bytes=0 if on_host else hardware.context_bytes,
-        host_pinned_bytes=tiers.pinned + tiers.ring,
-        host_bytes=host_bytes(work, tiers, on_host),
+        host_pinned_bytes=tiers.pinned + pinned_ring,
+        host_bytes=host_bytes(work, tiers, on_host) + tiers.ring - pinned_ring,
         disk_bytes=loaded_bytes(work, tiers) + work.rounds * tiers.disk,
         h2d_bytes=0
         if on_host

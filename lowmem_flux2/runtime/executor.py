@@ -16,6 +16,7 @@ import torch
 
 from lowmem_flux2.errors import RunError
 from lowmem_flux2.planning.batches import Batch, batches_a_pass, negatives_of, prompt_batches
+from lowmem_flux2.planning.budget import overrun
 from lowmem_flux2.planning.ladder import Resource
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Plan, Stage, StagePlan
@@ -23,7 +24,7 @@ from lowmem_flux2.planning.workload import Request
 from lowmem_flux2.report import StageMeasure
 from lowmem_flux2.runtime.decode import Decoder
 from lowmem_flux2.runtime.denoise import Denoiser, Progress, initial_latents
-from lowmem_flux2.runtime.device import DTYPES, cap_vram, measure, release_memory, synchronize, torch_device
+from lowmem_flux2.runtime.device import DTYPES, cap_vram, host_use, measure, release_memory, synchronize, torch_device
 from lowmem_flux2.runtime.encode import TextEncoder
 from lowmem_flux2.runtime.inputs import Inputs, batches_to_encode
 from lowmem_flux2.runtime.observer import Observer
@@ -76,6 +77,7 @@ class Executor:
         self._replan = replan
         self._outcome = Outcome()
         self._pictures: list[torch.Tensor] = []
+        self._ram_before_bytes = host_use().anonymous_bytes
 
     @property
     def plan(self) -> Plan:
@@ -242,6 +244,7 @@ class Executor:
     def _measured(self, stage: Stage, total: int) -> Iterator[Callable[[], None]]:
         """Meter a stage and free what it leaves. Yields a function to call once it has loaded."""
         self._observer.stage_started(stage, total)
+        planned = self._plan.stage(stage)  # the ladder may lower it: what failed before counts too
         start = time.perf_counter()
         load_s = 0.0
 
@@ -255,6 +258,9 @@ class Executor:
                 yield loaded
         finally:
             release_memory(self._device)
+        over = overrun(planned, self._plan.limits, taken.peak_ram_bytes, self._ram_before_bytes)
+        if over is not None:
+            self._event(over)
         self._outcome.measures.append(
             StageMeasure(
                 stage=stage,

@@ -20,6 +20,7 @@ from lowmem_flux2.runtime.images import OutputType, images_of
 from lowmem_flux2.runtime.inputs import Inputs
 from lowmem_flux2.runtime.latents_file import LatentImage, SavedLatents, check_latents, saved_latents
 from lowmem_flux2.runtime.observer import Observer
+from lowmem_flux2.runtime.pinning import Pinning
 from lowmem_flux2.runtime.prepared import at_hand, prepared_stores
 from lowmem_flux2.runtime.prompt_cache import PromptCache, with_known_prompts
 from lowmem_flux2.runtime.running import Running
@@ -90,7 +91,7 @@ def carry_out(job: GenerationJob, source: ModelSource, running: Running, observe
         cache = PromptCache.of(source, plan, device, running.cache, running.prompt_cache_bytes, event)
         plan, inputs = with_known_prompts(cache, source, plan, job.request, inputs)
     stores = prepared_stores(plan, source, running, observer)
-    weights = CheckpointWeights(source.folder, stores)
+    weights = CheckpointWeights(source.folder, stores, Pinning.of(plan))
     if job.resumed is not None:
         check_latents(job.resumed, source, weights, job.resumed_name)
 

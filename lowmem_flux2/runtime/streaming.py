@@ -31,7 +31,9 @@ from torch import nn
 
 from lowmem_flux2.planning.plan import Placement
 from lowmem_flux2.runtime.layout import BlockSource, allocate, bind, unbind
+from lowmem_flux2.runtime.pinning import Pinning
 from lowmem_flux2.runtime.transport import Transport, transport_for
+from lowmem_flux2.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class BlockStreamer:
         rounds: how many times all blocks are used; nothing is prefetched beyond the last.
         warn: called with one line when pinning fails.
         transport: copies, events and waits; None takes the device's own.
+        pinning: how much may be pinned, beyond which memory stays pageable; None for no limit.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class BlockStreamer:
         rounds: int,
         warn: Callable[[str], None] = warnings.warn,
         transport: Transport | None = None,
+        pinning: Pinning | None = None,
     ) -> None:
         if not len(blocks) == len(sources) == len(placements):
             raise ValueError(f"{len(blocks)} blocks, {len(sources)} sources, {len(placements)} placements")
@@ -92,6 +96,7 @@ class BlockStreamer:
         if self._streamed and slots < 1:
             raise ValueError("streamed blocks need at least one slot")
         self._warn = warn
+        self._pinning = pinning
         self._has_warned = False
         self._transport = transport_for(device) if transport is None else transport
         self._worker = self._transport.worker()
@@ -179,15 +184,17 @@ class BlockStreamer:
         span = allocate(size_bytes, torch.device("cpu"))
         if not pin or not self._transport.is_asynchronous:
             return span, False
+        if self._pinning is not None:
+            held = sum(other.numel() for other in self._registered)
+            if held + size_bytes > self._pinning.limit_bytes:  # planned so: a ring that may not be pinned
+                return span, False
         failure = self._transport.pin(span)
         if failure is None:
             self._registered.append(span)
         elif not self._has_warned:
             self._has_warned = True
-            self._warn(
-                f"could not pin {size_bytes >> 20} MiB ({failure}): copying from pageable memory instead, which is two "
-                "to three times slower; raise the memlock limit (ulimit -l)"
-            )
+            plain = f"could not pin {format_bytes(size_bytes)} ({failure}): copying from pageable memory instead"
+            self._warn(self._pinning.warning(size_bytes, failure) if self._pinning else plain)
         return span, failure is None
 
     # ------------------------------------------------------------------------------------------------- a round

@@ -18,6 +18,7 @@ from lowmem_flux2.planning.plan import StagePlan
 from lowmem_flux2.runtime.checkpoint import TensorFile, Tensors
 from lowmem_flux2.runtime.components import Blocks
 from lowmem_flux2.runtime.device import DTYPES
+from lowmem_flux2.runtime.pinning import Pinning
 from lowmem_flux2.runtime.store import PreparedStore
 from lowmem_flux2.runtime.streaming import BlockStreamer
 
@@ -49,10 +50,11 @@ class Weights(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CheckpointWeights:
-    """A diffusers folder, and the prepared store of each component that the plan quantizes."""
+    """A diffusers folder, the prepared store of each component that the plan quantizes, and what may be pinned."""
 
     folder: Path
     stores: Mapping[str, PreparedStore] = field(default_factory=dict)
+    pinning: Pinning | None = None
 
     def open(self, component: Component) -> TensorFile:
         return TensorFile(self.folder / component)
@@ -75,4 +77,5 @@ class CheckpointWeights:
             slots=stage.slots,
             rounds=rounds,
             warn=warn,
+            pinning=self.pinning,
         )

@@ -187,6 +187,40 @@ def test_memory_that_really_runs_out_is_survived(large: Path) -> None:
     assert measured["equal"]
 
 
+BUDGET = """
+import json, sys
+import torch
+from lowmem_flux2 import Engine
+
+torch.set_num_threads(1)
+asked = dict(height=64, width=64, num_inference_steps=3, guidance_scale=4.0, max_sequence_length=64, seed=0)
+hog = []
+
+def take(_, step, *__):
+    if step == 1:
+        hog.append(torch.ones(400 << 20, dtype=torch.uint8))
+
+engine = Engine(sys.argv[1], dtype="fp32", max_ram=sys.argv[2])
+kept = engine.generate("a red circle", **asked).report
+broken = engine.generate("a red circle", **asked, callback_on_step_end=take).report
+print(json.dumps({"limit": kept.plan.limits.ram_bytes, "peaks": [stage.peak_ram_bytes for stage in kept.stages],
+                  "kept": kept.events, "broken": broken.events}))
+"""
+
+
+def test_a_run_keeps_to_max_ram_and_says_where_it_does_not(large: Path) -> None:
+    """The least that the VAE needs is 490 MiB, libraries included; a callback then takes 400 MiB more."""
+    command = [sys.executable, "-c", BUDGET, str(large), "500MiB"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert measured["limit"] == 500 * MIB
+    assert max(measured["peaks"]) <= 500 * MIB
+    assert measured["kept"] == []
+    assert measured["broken"][0].startswith("denoise: peak RAM was ")
+    assert " over the budget of 500 MiB (predicted " in measured["broken"][0]
+
+
 def test_the_meter_sees_memory_that_comes_and_goes() -> None:
     before = host_use().anonymous_bytes
     with measure(torch.device("cpu"), 0) as taken:

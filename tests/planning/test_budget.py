@@ -1,0 +1,109 @@
+"""Budgets: RAM decides what is resident on a CPU, nothing is pinned beyond its limit, and overruns are told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from machines import DEV, KLEIN_4B, MODELS, SUPPORTED, machine, plan_for, spec, work
+
+from lowmem_flux2.errors import DoesNotFit
+from lowmem_flux2.planning.budget import overrun
+from lowmem_flux2.planning.cost import LIBRARIES_HOST_BYTES
+from lowmem_flux2.planning.plan import Limits, Placement
+from lowmem_flux2.planning.planner import make_plan
+from lowmem_flux2.planning.selection import Selection
+from lowmem_flux2.units import GIB, MIB
+
+# ------------------------------------------------------------------------------------------------------ --max-ram
+
+
+@pytest.mark.parametrize("name", [KLEIN_4B, DEV])
+def test_on_a_cpu_ram_decides_between_resident_and_disk(name: str) -> None:
+    selection = Selection(weight_format="bf16", text_weight_format="bf16", batch_size=1)
+    resident = []
+    caps = [3, 4, 6, 8, 10, 12, 16, 24, 48, 96]
+    for cap in caps:
+        chosen = replace(selection, max_ram_bytes=cap * GIB)
+        try:
+            plan = make_plan(spec(name), work(name, steps=50), machine("cpu", 192), chosen, profile="cpu")
+        except DoesNotFit:
+            assert not resident
+            continue
+        denoise = plan.stage("denoise")
+        assert plan.peak_ram_bytes <= cap * GIB
+        assert denoise.count(Placement.GPU) + denoise.count(Placement.DISK) == len(denoise.block_placements)
+        resident.append(denoise.count(Placement.GPU))
+    assert resident == sorted(resident)
+    assert resident[0] < resident[-1] == len(denoise.block_placements)
+    assert len(set(resident)) > 4  # by degrees
+
+
+# --------------------------------------------------------------------------------------------------------- pinning
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(MODELS),
+    profile=st.sampled_from(["rtx-2060-6gb", "rtx-3060-12gb", "rtx-4090-24gb"]),
+    ram_gib=st.integers(4, 128),
+    pinnable_bytes=st.one_of(st.just(0), st.integers(0, 64 * GIB)),
+    max_ram_gib=st.one_of(st.none(), st.integers(4, 64)),
+    prefer=st.sampled_from(["balanced", "quality", "speed", "memory"]),
+)
+def test_no_plan_pins_more_than_may_be_pinned(
+    name: str, profile: str, ram_gib: int, pinnable_bytes: int, max_ram_gib: int | None, prefer: str
+) -> None:
+    hardware = replace(machine(profile), ram_bytes=ram_gib * GIB, pinnable_bytes=pinnable_bytes)
+    cap = None if max_ram_gib is None else max_ram_gib * GIB
+    selection = Selection(prefer=prefer, max_ram_bytes=cap)  # type: ignore[arg-type]
+    try:
+        plan = make_plan(spec(name), work(name, 512), hardware, selection, profile=profile, support=SUPPORTED)
+    except DoesNotFit:
+        return
+    for stage in plan.stages:
+        assert stage.cost.host_pinned_bytes <= plan.limits.pinnable_bytes <= pinnable_bytes
+        assert stage.cost.peak_ram_bytes <= plan.limits.ram_bytes <= ram_gib * GIB
+    if cap is not None:
+        assert plan.peak_ram_bytes <= cap
+
+
+def test_where_nothing_may_be_pinned_disk_blocks_still_run_through_plain_memory() -> None:
+    hardware = replace(machine("rtx-3060-12gb"), pinnable_bytes=0)
+    plan = make_plan(
+        spec(DEV), work(DEV), hardware, Selection(placement="disk"), profile="rtx-3060-12gb", support=SUPPORTED
+    )
+    denoise = plan.stage("denoise")
+    pinned = plan_for(DEV, "rtx-3060-12gb", selection=Selection(placement="disk")).stage("denoise")
+    assert denoise.count(Placement.DISK) > 0
+    assert denoise.cost.host_pinned_bytes == 0
+    assert replace(denoise, cost=pinned.cost, reasons=()) == replace(pinned, reasons=())
+    assert denoise.cost.peak_ram_bytes == pinned.cost.peak_ram_bytes
+
+
+# -------------------------------------------------------------------------------------------------------- overruns
+
+
+LIMITS = Limits(vram_bytes=0, ram_bytes=4 * GIB, pinnable_bytes=0)
+STAGE = plan_for(KLEIN_4B, "cpu", 64, px=256).stage("denoise")
+PREDICTED = replace(STAGE, cost=replace(STAGE.cost, host_bytes=GIB, host_pinned_bytes=0, margin_bytes=100 * MIB))
+
+
+@pytest.mark.parametrize(
+    ("measured", "before", "said"),
+    [
+        (GIB, 0, None),
+        (GIB + 100 * MIB, 0, None),
+        (GIB + 101 * MIB, 0, "peak RAM was 1.10 GiB: predicted were 1.00 GiB and a margin of 100 MiB"),
+        (GIB + 101 * MIB, LIBRARIES_HOST_BYTES + MIB, None),
+        (3 * GIB, LIBRARIES_HOST_BYTES + 2 * GIB, None),
+        (4 * GIB, LIBRARIES_HOST_BYTES + 2 * GIB, "2.00 GiB of which were held before the run"),
+        (5 * GIB, 5 * GIB, "1.00 GiB over the budget of 4.00 GiB (predicted 1.00 GiB)"),
+    ],
+)
+def test_an_overrun_is_told_with_its_numbers(measured: int, before: int, said: str | None) -> None:
+    told = overrun(PREDICTED, LIMITS, measured, before)
+    assert (told is None) == (said is None)
+    assert told is None or (said is not None and said in told and told.startswith("denoise: "))
