@@ -22,7 +22,7 @@ from lowmem_flux2.planning.plan import STAGES, Plan
 from lowmem_flux2.planning.selection import Selection, runs_on
 from lowmem_flux2.planning.sources import ModelSource
 from lowmem_flux2.planning.workload import Request
-from lowmem_flux2.runtime.checked import Damaged, checked_bytes, read_checked
+from lowmem_flux2.runtime.checked import Damaged, read_checked, write_checked
 from lowmem_flux2.runtime.newfile import write_new
 from lowmem_flux2.runtime.versions import versions
 from lowmem_flux2.runtime.weights import Weights
@@ -94,13 +94,11 @@ class SavedLatents:
 
     def save(self, path: Path) -> Path:
         """Write the file whole, never over another; returns the name that was free."""
-        content = checked_bytes(
-            {"latents": self.latents, "statistics": self.statistics},
-            {"format": FORMAT, "origin": json.dumps(asdict(self.origin) | {"plan": self.origin.plan.to_json()})},
-        )
+        origin = json.dumps(asdict(self.origin) | {"plan": self.origin.plan.to_json()})
+        tensors = {"latents": self.latents.contiguous(), "statistics": self.statistics}
 
         def write(file: BinaryIO) -> None:
-            file.write(content)
+            write_checked(file, tensors, {"format": FORMAT, "origin": origin})
 
         return write_new(path, write)
 

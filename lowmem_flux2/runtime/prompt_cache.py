@@ -33,7 +33,7 @@ from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.sources import ModelSource
 from lowmem_flux2.planning.workload import Request
 from lowmem_flux2.runtime.cache import prompt_files, prompts_folder
-from lowmem_flux2.runtime.checked import Damaged, checked_bytes, read_checked
+from lowmem_flux2.runtime.checked import Damaged, read_checked, write_checked
 from lowmem_flux2.runtime.device import arithmetic_of, torch_device
 from lowmem_flux2.runtime.inputs import Inputs, batches_to_encode
 from lowmem_flux2.runtime.store import entry_of
@@ -42,6 +42,8 @@ SCHEMA = 1
 """Raised whenever ``runtime.encode`` computes other bits from the same input."""
 LIBRARIES = ("torch", "transformers", "tokenizers", "diffusers")
 """What computes the embeddings, makes the tokens, and holds dev's system message."""
+HEADER_MOST_BYTES = 512
+"""Of an entry's file, beside its tensor."""
 ABANDONED_S = 3600
 """A temporary file as old as this was left by a process that was killed."""
 
@@ -130,16 +132,16 @@ class PromptCache:
 
     def put(self, batch: Batch, embeddings: torch.Tensor) -> None:
         """Keep a batch; does nothing where it is too large, or the disk cannot take it."""
-        content = checked_bytes({"embeddings": embeddings}, {})
-        if self._has_failed or len(content) > self._limit_bytes:
+        size_bytes = embeddings.nbytes + HEADER_MOST_BYTES
+        if self._has_failed or size_bytes > self._limit_bytes:
             return
         folder = prompts_folder(self._cache)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._make_room(folder, len(content))
+            self._make_room(folder, size_bytes)
             with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".tmp", delete=False) as file:
                 try:
-                    file.write(content)
+                    write_checked(file, {"embeddings": embeddings.contiguous()}, {})
                     file.flush()
                     os.fsync(file.fileno())
                     Path(file.name).replace(self._path(batch))

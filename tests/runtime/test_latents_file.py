@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from lowmem_flux2 import Engine
 from lowmem_flux2.errors import CheckpointBroken, DecodeFailed, NonFiniteLatents, UsageError
 from lowmem_flux2.planning.plan import FormatChange, Plan
-from lowmem_flux2.runtime.checked import checked_bytes
+from lowmem_flux2.runtime.checked import write_checked
 from lowmem_flux2.runtime.decode import Decoder
 from lowmem_flux2.runtime.denoise import Denoiser
 from lowmem_flux2.runtime.encode import TextEncoder
@@ -193,7 +193,8 @@ def test_foreign_and_missing_files_are_refused(tmp_path: Path, saved: Path) -> N
     save_file({"weight": torch.zeros(3)}, foreign)
     with pytest.raises(CheckpointBroken, match="no latents file"):
         read_latents(foreign)
-    foreign.write_bytes(checked_bytes({"embeddings": torch.zeros(3)}, {}))
+    with foreign.open("wb") as file:
+        write_checked(file, {"embeddings": torch.zeros(3)}, {})
     with pytest.raises(CheckpointBroken, match="not a latents file that this version wrote"):
         read_latents(foreign)
     one = read_latents(saved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 
 from lowmem_flux2 import Engine, Generation
 from lowmem_flux2.errors import UsageError
@@ -25,6 +27,7 @@ from lowmem_flux2.planning.batches import waiting_bytes
 from lowmem_flux2.planning.headers import component_headers
 from lowmem_flux2.runtime import prompt_cache
 from lowmem_flux2.runtime.cache import PROMPT_CACHE_BYTES, clear_prompts, prompt_cache_limit, prompt_files
+from lowmem_flux2.runtime.checked import write_checked
 from lowmem_flux2.runtime.encode import TextEncoder
 from lowmem_flux2.runtime.layout import CheckpointBlock
 from lowmem_flux2.runtime.prompt_cache import PromptCache
@@ -298,9 +301,9 @@ def test_off_leaves_no_trace(tiny_klein: Path, cache: Path) -> None:
 
 @pytest.fixture(scope="module")
 def entry() -> bytes:
-    from lowmem_flux2.runtime.checked import checked_bytes
-
-    return checked_bytes({"embeddings": EMBEDDINGS[:, :2, :50]}, {})
+    file = io.BytesIO()
+    write_checked(file, {"embeddings": EMBEDDINGS[:, :2, :50].contiguous()}, {})
+    return file.getvalue()
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -320,6 +323,19 @@ def test_no_flipped_bit_and_no_cut_goes_unseen(data: st.DataObject, entry: bytes
     found = prompts.get((RED,))
     assert found is None or torch.equal(found, EMBEDDINGS[:, :2, :50])  # a space of the header's padding may differ
     assert (found is None) == (not path.exists()) == (len(events) == 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_an_entry_is_a_safetensors_file(dtype: torch.dtype, kept: Callable[[int], PromptCache]) -> None:
+    prompts = kept(MIB)
+    prompts.put((RED,), EMBEDDINGS.to(dtype))
+    path = prompts._path((RED,))
+    assert torch.equal(load_file(path)["embeddings"], EMBEDDINGS.to(dtype))
+    assert path.stat().st_size - EMBEDDINGS.to(dtype).nbytes <= prompt_cache.HEADER_MOST_BYTES
+    found = prompts.get((RED,))
+    assert found is not None
+    assert found.dtype == dtype
+    assert found.data_ptr() % 64 == 0
 
 
 def test_a_damaged_entry_is_made_again(tiny_klein_distilled: Path, cache: Path, counting: Counting) -> None:
