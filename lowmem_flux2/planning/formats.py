@@ -1,17 +1,69 @@
-"""The weight formats: bytes with scales, compute class, transient, least GPU, and what each costs in fidelity.
+"""The weight formats: bytes with scales, transient, least GPU, and what each costs in fidelity.
 
 The *stored* format is not the compute dtype: int8 and nf4 here are storage; a Linear's weight is expanded to the
-compute dtype for its matmul (the transient) and dropped again.
+compute dtype for its matmul (the transient) and dropped again. Every stored tensor is written down here once more than
+in `runtime.quantize`, so that planning needs no torch; tests compare both for every block of every model.
+
+What is quantized: the weights of Linears in blocks, 97.6 % of dev's transformer. What is not, and why:
+
+- norm scales and biases: 0.001 % of a block, and as vectors they have no rows to share a scale;
+- the embedders of latents, text, timestep and guidance, the modulation, norm_out and proj_out: few, read once a step or
+  once a generation, and every block's input passes through them: quantized, they dominate the error of the result;
+- the token embedding (only rows are read), the VAE (84 M weights).
+
+No format for bitsandbytes' LLM.int8: what it stores is `int8` here, one absmax a row, kept in fp32 there and in the
+compute dtype here (tests compare: codes differ by at most one, errors by under 3 %). What it adds is a matmul that
+keeps outlier columns in 16 bits, and no such matmul is used here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
 
 from lowmem_flux2.planning.models import BlockSpec
 
 ALIGNMENT_BYTES = 256
 """Every stored tensor starts at a multiple of this: Linear kernels round differently at other alignments."""
+SECTOR_BYTES = 4096
+"""Every block's span starts at a multiple of this and is as long: reads past the page cache want offset, length and
+memory aligned to the device's logical block, 512 or 4096 bytes."""
+GROUP = 128
+"""Weights that share a scale and a shift in int4 (optimum-quanto's default group size for qint4)."""
+NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
+"""bitsandbytes: weights per absmax, and absmax values per nested absmax (double quantization)."""
+
+Storage = Callable[[int, int, int], tuple[int, ...]]
+"""(rows, columns, bytes of the compute dtype) of a Linear's weight -> bytes of each tensor that holds it."""
+
+
+def group_size(columns: int) -> int:
+    """128, or less where the row is not a multiple of it, in quanto's steps of 32; at last the whole row."""
+    return next((size for size in range(GROUP, 0, -32) if columns % size == 0), columns)
+
+
+def _int8(rows: int, columns: int, dtype_bytes: int) -> tuple[int, ...]:
+    """One byte a weight, and a scale a row."""
+    return rows * columns, rows * dtype_bytes
+
+
+def _fp8(rows: int, columns: int, dtype_bytes: int) -> tuple[int, ...]:
+    return (rows * columns,)
+
+
+def _nf4(rows: int, columns: int, dtype_bytes: int) -> tuple[int, ...]:
+    """Two weights a byte; an absmax in 8 bits per 64 of them, and one of those in fp32 per 256; an offset, two tables."""
+    blocks = ceil(rows * columns / NF4_BLOCK)
+    return ceil(rows * columns / 2), blocks, 4 * ceil(blocks / NF4_NESTED_BLOCK), 4, 4 * 16, 4 * 256
+
+
+def _int4(rows: int, columns: int, dtype_bytes: int) -> tuple[int, ...]:
+    """Two weights a byte, and a scale and a shift per group."""
+    group = group_size(columns)
+    groups = rows * columns // group
+    return groups * ceil(group / 2), groups * dtype_bytes, groups * dtype_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,45 +71,65 @@ class WeightFormat:
     """One stored format.
 
     Args:
-        linear_bytes_per_weight: of a quantizable Linear weight, scales included.
-        other_bytes_per_weight: of what is never quantized (norm scales, embedders, modulation, output projection:
-            together under 2.5 % of the weights, and they dominate the end-to-end error when quantized).
-        transient_per_weight_bytes: live while one Linear runs, per weight of that Linear, besides the stored bytes.
+        storage: bytes of the tensors that hold a Linear's weight; None where they rest unquantized.
+        scratch_bytes_per_weight: live while a Linear's weight is expanded, per weight, besides the weight expanded.
         least_capability: CUDA compute capability that the format's compute dtype needs; None for any.
         weight_error: relative error of Gaussian weights; the planner's order until latents are measured.
         provenance: where ``weight_error`` is from.
     """
 
     name: str
-    linear_bytes_per_weight: float
-    other_bytes_per_weight: float
-    transient_per_weight_bytes: float
+    storage: Storage | None
+    scratch_bytes_per_weight: float
     least_capability: tuple[int, int] | None
     weight_error: float
     provenance: str
 
     @property
     def is_quantized(self) -> bool:
-        return self.name not in PLAIN_FORMATS
+        return self.storage is not None
 
-    def block_bytes(self, block: BlockSpec) -> int:
-        """Stored bytes of one block, scales included (alignment padding is under 0.01 % at full size)."""
-        linear = block.linear_weights * self.linear_bytes_per_weight
-        return _aligned(linear + block.other_weights * self.other_bytes_per_weight)
+    def block_bytes(self, block: BlockSpec, dtype_bytes: int = 2) -> int:
+        """Bytes of one block's span: each tensor rounded up to ``ALIGNMENT_BYTES``, the span to ``SECTOR_BYTES``.
 
-    def transient_bytes(self, block: BlockSpec) -> int:
-        """Bytes live while the block's largest Linear runs, besides its stored weight."""
-        return _aligned(block.largest_linear_weights * self.transient_per_weight_bytes)
+        That padding is at most 0.02 % of a full-size block: most tensors have such sizes anyway, but for nf4's three
+        small ones a Linear.
+        """
+        return _block_bytes(self, block, dtype_bytes)
 
-    def plain_bytes(self, weights: int) -> int:
-        """Stored bytes of weights that are never quantized."""
-        return _aligned(weights * self.other_bytes_per_weight)
+    def transient_bytes(self, block: BlockSpec, dtype_bytes: int = 2) -> int:
+        """Bytes live while the block's largest Linear runs, besides its stored weight: the weight in the compute dtype,
+        and what expanding it takes."""
+        if self.storage is None:
+            return 0
+        largest = max(rows * columns for rows, columns in block.linears)
+        return _aligned(ceil(largest * (dtype_bytes + self.scratch_bytes_per_weight)))
+
+    def plain_bytes(self, weights: int, dtype_bytes: int = 2) -> int:
+        """Bytes of weights that are not quantized."""
+        return _aligned(weights * self._plain_size(dtype_bytes))
+
+    def _plain_size(self, dtype_bytes: int) -> int:
+        """Unquantized formats rest as what they are, in the others everything else rests in the compute dtype."""
+        return DTYPE_BYTES.get(self.name, dtype_bytes)
 
 
-def _aligned(size_bytes: float) -> int:
-    return -int(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+@lru_cache(maxsize=256)  # the planner asks for a few sizes thousands of times
+def _block_bytes(fmt: WeightFormat, block: BlockSpec, dtype_bytes: int) -> int:
+    plain = fmt._plain_size(dtype_bytes)
+    total = sum(_aligned(size * plain) for size in block.others)
+    for rows, columns in block.linears:
+        held = fmt.storage(rows, columns, dtype_bytes) if fmt.storage is not None else (rows * columns * plain,)
+        total += sum(_aligned(size) for size in held)
+    return _aligned(total, SECTOR_BYTES)
 
 
+def _aligned(size_bytes: int, alignment: int = ALIGNMENT_BYTES) -> int:
+    return -(-size_bytes // alignment) * alignment
+
+
+COMPUTE_DTYPES = ("bf16", "fp16", "fp32")
+DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 PLAIN_FORMATS = ("fp32", "fp16", "bf16")
 """Unquantized: these rest in the compute dtype."""
 
@@ -65,22 +137,17 @@ _EXACT = "exact: the checkpoint's own bf16 values"
 _FP16 = "assumed: fp16 keeps more digits than bf16, but values beyond its range are clipped or lost"
 _WEIGHT_TABLE = "relative weight error on Gaussian weights, measured 2026 on CPU; not yet an error of latents"
 
-# int8: one bf16 scale per output row. fp8: cast, no scales. nf4: fp32 absmax per 64 weights, itself quantized to 8 bits
-# in groups of 256 (bitsandbytes double quantization: 1/64 + 4/(64*256) bytes). int4: bf16 scale and shift per 128.
-# Transients, counted in runtime/quantize.py for a 16-bit compute dtype: the expanded weight (2 bytes), for int4 one
-# unpacked half (0.5), for nf4 its absmax in fp32 (4/64). Not measured on a GPU.
+# Scratch: int4 unpacks one half of its bytes at a time (0.5 bytes a weight); nf4 expands its absmax values to fp32, twice
+# for a moment (2 * 4/64). Measured on a CPU with torch's profiler (tests), not on a GPU.
 FORMATS: dict[str, WeightFormat] = {
     fmt.name: fmt
     for fmt in (
-        WeightFormat("fp32", 4, 4, 0, None, 0.0, _EXACT),
-        WeightFormat("bf16", 2, 2, 0, (8, 0), 0.0, _EXACT),
-        WeightFormat("fp16", 2, 2, 0, None, 0.0002, _FP16),
-        WeightFormat("int8", 1 + 2 / 4096, 2, 2.0, None, 0.008, _WEIGHT_TABLE),
-        WeightFormat("fp8", 1, 2, 2.0, None, 0.033, _WEIGHT_TABLE),
-        WeightFormat("nf4", 0.5 + 1 / 64 + 4 / (64 * 256), 2, 2.1, None, 0.092, _WEIGHT_TABLE),
-        WeightFormat("int4", 0.5 + 4 / 128, 2, 2.5, None, 0.100, _WEIGHT_TABLE),
+        WeightFormat("fp32", None, 0, None, 0.0, _EXACT),
+        WeightFormat("bf16", None, 0, (8, 0), 0.0, _EXACT),
+        WeightFormat("fp16", None, 0, None, 0.0002, _FP16),
+        WeightFormat("int8", _int8, 0, None, 0.008, _WEIGHT_TABLE),
+        WeightFormat("fp8", _fp8, 0, None, 0.033, _WEIGHT_TABLE),
+        WeightFormat("nf4", _nf4, 8 / NF4_BLOCK, None, 0.092, _WEIGHT_TABLE),
+        WeightFormat("int4", _int4, 0.5, None, 0.100, _WEIGHT_TABLE),
     )
 }
-
-COMPUTE_DTYPES = ("bf16", "fp16", "fp32")
-DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}

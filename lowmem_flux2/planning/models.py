@@ -40,15 +40,23 @@ class BlockSpec:
 
     Attributes:
         kind: ``double`` or ``single`` (transformer), ``layer`` (text encoder).
-        linear_weights: weights of Linear layers, which a weight format may quantize.
-        other_weights: norm scales and biases, never quantized.
-        largest_linear_weights: weights of the largest Linear: sizes the transient of a dequantizing format.
+        linears: (rows, columns) of each Linear's weight, which a weight format may quantize.
+        others: sizes of its other tensors, norm scales and biases, which are never quantized.
     """
 
     kind: BlockKind
-    linear_weights: int
-    other_weights: int
-    largest_linear_weights: int
+    linears: tuple[tuple[int, int], ...]
+    others: tuple[int, ...]
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of all Linears."""
+        return sum(rows * columns for rows, columns in self.linears)
+
+    @property
+    def other_weights(self) -> int:
+        """Everything else."""
+        return sum(self.others)
 
     @property
     def total_weights(self) -> int:
@@ -86,13 +94,14 @@ class TransformerSpec:
     def double_block(self) -> BlockSpec:
         """One double-stream block; each stream normalises q and k by head."""
         h, m = self.hidden_size, self.mlp_size
-        return BlockSpec("double", 2 * (4 * h * h + 3 * h * m), 4 * self.head_dim, max(h * h, 2 * h * m))
+        stream = ((h, h),) * 4 + ((2 * m, h), (h, m))  # q, k, v, out; gate and up in one, down
+        return BlockSpec("double", 2 * stream, (self.head_dim,) * 4)
 
     @property
     def single_block(self) -> BlockSpec:
         """One single-stream block; its two Linears are fused ones."""
         h, m = self.hidden_size, self.mlp_size
-        return BlockSpec("single", 4 * h * h + 3 * h * m, 2 * self.head_dim, h * (3 * h + 2 * m))
+        return BlockSpec("single", ((3 * h + 2 * m, h), (h, h + m)), (self.head_dim,) * 2)
 
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:
@@ -165,11 +174,10 @@ class TextEncoderSpec:
     def layer(self) -> BlockSpec:
         """One decoder layer: grouped-query attention, gated feed-forward, two norms; Qwen3 also normalises q and k."""
         h, q, kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        linear = 2 * h * q + 2 * h * kv + 3 * h * self.intermediate_size
-        other = 2 * h + (2 * self.head_dim if self.architecture == "qwen3" else 0)
-        if self.attention_bias:
-            other += q + 2 * kv + h
-        return BlockSpec("layer", linear, other, h * max(q, kv, self.intermediate_size))
+        attention, mlp = ((q, h), (kv, h), (kv, h), (h, q)), self.intermediate_size
+        norms = (h, h) + ((self.head_dim,) * 2 if self.architecture == "qwen3" else ())
+        biases = (q, kv, kv, h) if self.attention_bias else ()
+        return BlockSpec("layer", attention + ((mlp, h), (mlp, h), (h, mlp)), norms + biases)
 
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:

@@ -1,10 +1,12 @@
-"""Where prepared weights and embeddings of prompts are kept. Imports no torch: listing them must be quick."""
+"""Where prepared weights and embeddings of prompts are kept, and locks. Imports no torch: listing must be quick."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from lowmem_flux2.units import GIB, parse_bytes
 
 MANIFEST = "manifest.json"
 """Written last into an entry: what has it is whole."""
+PARTIAL = ".partial-"
+"""Precedes the name of an entry that is not finished."""
 PROMPT_CACHE_BYTES = GIB
 """Default limit of the prompt cache: 68 prompts of 512 tokens for dev (15 MiB each), 136 for klein-4b."""
 
@@ -82,3 +86,37 @@ def clear_prompts(cache: Path) -> int:
     for entry in entries:
         entry.path.unlink(missing_ok=True)
     return len(entries)
+
+
+def entry_folder(cache: Path, name: str) -> Path:
+    return cache / "prepared" / name
+
+
+def repair(folder: Path) -> str:
+    """What to do about a damaged entry, in words that end with a command."""
+    return (
+        "remove the entry, and it is made again when it is next needed: lowmem-flux2 prepare "
+        f"--remove {folder.name} --cache-dir {shlex.quote(str(folder.parent.parent))}"
+    )
+
+
+@contextmanager
+def locked(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock of an entry's folder; ``on_wait`` is told once if another process has it, which is then awaited.
+
+    The system frees it when its holder ends, however that may be.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    name = folder.name.removeprefix(PARTIAL)
+    with folder.with_name(f"{name}.lock").open("a") as file:
+        if os.name != "nt":
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_wait()
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -7,7 +7,6 @@ ours to choose (safetensors data starts at 24 mod 64 bytes, where Linear kernels
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -57,13 +56,12 @@ class TensorFile:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._places: dict[str, tuple[SafetensorsHeader, TensorInfo]] = {}
-        self._files: dict[tuple[Path, bool], RawFile] = {}
-        self._lock = threading.Lock()
+        self._files: dict[Path, RawFile] = {}
         try:
             for header in component_headers(folder, no_tensor):
                 for name, info in header.tensors.items():
                     self._places[name] = (header, info)
-                self._file(header.path, direct=False)
+                self._files[header.path] = RawFile(header.path)
         except BaseException:
             self.close()
             raise
@@ -77,16 +75,8 @@ class TensorFile:
         self.close()
 
     def close(self) -> None:
-        with self._lock:
-            while self._files:
-                self._files.popitem()[1].close()
-
-    def _file(self, path: Path, direct: bool) -> RawFile:
-        """The open file; a direct one is opened when it is first asked for."""
-        with self._lock:
-            if (path, direct) not in self._files:
-                self._files[path, direct] = RawFile(path, direct)
-            return self._files[path, direct]
+        while self._files:
+            self._files.popitem()[1].close()
 
     def names(self) -> Iterable[str]:
         return self._places.keys()
@@ -97,7 +87,7 @@ class TensorFile:
     def read_into(self, name: str, destination: torch.Tensor, direct: bool = False) -> None:
         """Fill a contiguous host tensor of the stored shape, converting the dtype where it differs.
 
-        ``direct`` reads past the page cache.
+        ``direct`` reads past the page cache, whatever it holds.
 
         Raises:
             CheckpointBroken: no such tensor, another shape, or the file ends early.
@@ -109,6 +99,10 @@ class TensorFile:
                 f"{list(destination.shape)}"
             )
         self._read_values(name, 0, destination.view(-1), direct)
+
+    def read_rows_from(self, name: str, first: int, destination: torch.Tensor) -> None:
+        """Fill (rows, columns) with the rows of a matrix from ``first`` on, converting the dtype where it differs."""
+        self._read_values(name, first * destination.shape[1], destination.view(-1))
 
     def read_rows(self, name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Gather rows of a matrix: (n,) int64 -> (n, columns). A token embedding of 1.25 GiB is never loaded whole.
@@ -141,13 +135,13 @@ class TensorFile:
         if stored is None:
             raise CheckpointBroken(f"{self.folder}: tensor {name!r} is stored as {info.dtype}, which is not read here")
         offset = header.data_begin + info.begin + first * stored.itemsize
-        file = self._file(header.path, direct)
+        file = self._files[header.path]
         if stored == destination.dtype:
-            file.read_into(destination, offset)
+            file.read_into(destination, offset, direct)
             return
         piece = max(1, CONVERT_BYTES // stored.itemsize)
         for start in range(0, destination.numel(), piece):
             part = destination[start : start + piece]
             staging = torch.empty(part.numel(), dtype=stored)
-            file.read_into(staging, offset + start * stored.itemsize)
+            file.read_into(staging, offset + start * stored.itemsize, direct)
             part.copy_(staging)

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from lowmem_flux2.planning.formats import ALIGNMENT_BYTES
+from lowmem_flux2.planning.formats import ALIGNMENT_BYTES, SECTOR_BYTES
 from lowmem_flux2.runtime.checkpoint import Tensors
 from lowmem_flux2.runtime.quantize import StoredLinear
 
@@ -32,7 +32,7 @@ class TensorPlace:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where each tensor of a module lies in its span of ``total_bytes``."""
+    """Where each tensor of a module lies in its span of ``total_bytes``, whole sectors."""
 
     places: tuple[TensorPlace, ...]
     total_bytes: int
@@ -51,21 +51,21 @@ def layout_of(module: nn.Module, prefix: str, dtype: torch.dtype) -> Layout:
         kept = dtype if tensor.is_floating_point() and not is_storage else tensor.dtype
         places.append(TensorPlace(name, prefix + name, offset, tuple(tensor.shape), kept))
         offset += _aligned(tensor.numel() * kept.itemsize)
-    return Layout(tuple(places), offset)
+    return Layout(tuple(places), _aligned(offset, SECTOR_BYTES))
 
 
-def _aligned(size_bytes: int) -> int:
-    return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+def _aligned(size_bytes: int, alignment: int = ALIGNMENT_BYTES) -> int:
+    return -(-size_bytes // alignment) * alignment
 
 
 def allocate(size_bytes: int, device: torch.device) -> torch.Tensor:
-    """An uninitialised uint8 tensor whose first byte is aligned to 256 (torch's CPU allocator gives 64).
+    """An uninitialised uint8 tensor whose first byte is aligned to a sector (torch's CPU allocator gives 64).
 
     Never an inference tensor: the worker, whose thread is not in the caller's inference mode, could not write to it.
     """
     with torch.inference_mode(False):
-        raw = torch.empty(size_bytes + ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
-    skip = -raw.data_ptr() % ALIGNMENT_BYTES
+        raw = torch.empty(size_bytes + SECTOR_BYTES, dtype=torch.uint8, device=device)
+    skip = -raw.data_ptr() % SECTOR_BYTES
     return raw[skip : skip + size_bytes]
 
 

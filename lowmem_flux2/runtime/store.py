@@ -1,9 +1,10 @@
 """The prepared store: a component's blocks quantized once, each a file of its own in the layout the streamer binds.
 
     CACHE/prepared/transformer-int8-bf16-<fingerprint>/
-        block-000.bin ...     one span, every tensor aligned to 256 bytes: loading a block is one read
-        block-000.json ...    its checksum, written before the block's file gets its name
-        manifest.json         what it was made of; written last, before the folder gets its name
+        block-000.bin ...     one span of whole sectors, every tensor aligned to 256 bytes: loading a block is one read
+        block-000.json ...    its checksums, written before the block's file gets its name
+        manifest.json         what it was made of, and all checksums, its own too; written last, before the folder gets
+                              its name
 
 A killed ``prepare`` leaves a ``.partial-`` folder whose finished blocks are taken over by the next one. The fingerprint
 covers the source's files, the format and the library that made it, so a changed source is another entry.
@@ -13,9 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,18 @@ import torch
 
 from lowmem_flux2.errors import CheckpointBroken, UsageError
 from lowmem_flux2.planning.headers import component_headers, no_tensor
-from lowmem_flux2.runtime.cache import MANIFEST
+from lowmem_flux2.runtime.blockfile import StoredBlock, block_path
+from lowmem_flux2.runtime.cache import MANIFEST, entry_folder, repair
 from lowmem_flux2.runtime.components import Blocks
 from lowmem_flux2.runtime.device import DTYPES
-from lowmem_flux2.runtime.layout import BlockSource, Layout, layout_of
-from lowmem_flux2.runtime.rawfile import RawFile
+from lowmem_flux2.runtime.layout import BlockSource, Layout, allocate, layout_of
 
-SCHEMA = 2
-"""Raised whenever the stored bytes of any format change."""
+SCHEMA = 3
+"""Raised whenever the stored bytes of any format change, or what is kept about them."""
 LIBRARIES = {"nf4": "bitsandbytes"}
 """The library whose version decides a format's bytes; the others are torch arithmetic of ours, covered by SCHEMA."""
+SAMPLES, SAMPLE_BYTES = 16, 4096
+"""Pieces of each source file that go into the fingerprint, first and last included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +54,15 @@ class Entry:
 
 
 def entry_of(folder: Path, component: str, weight_format: str, dtype: str) -> Entry:
-    """The entry for a component of a diffusers folder. Reads headers and file times, no weights.
+    """The entry for a component of a diffusers folder. Reads headers, file times and a sample of the weights.
+
+    Inode and change time would see more, and too much: copying or hard-linking a model, a container's ``chown -R`` at
+    each start, or file systems with inode numbers of the day would have everything prepared again. The sample sees other
+    weights under an old modification time. (In the hub's cache the files are links; what they point at is looked at.)
 
     Raises:
         UsageError: the format's library is not installed.
+        CheckpointBroken, CheckpointMissing: the source cannot be read.
     """
     digest = hashlib.sha256(f"schema {SCHEMA} {weight_format} {dtype}".encode())
     if weight_format in LIBRARIES:
@@ -62,24 +70,67 @@ def entry_of(folder: Path, component: str, weight_format: str, dtype: str) -> En
             digest.update(metadata.version(LIBRARIES[weight_format]).encode())
         except metadata.PackageNotFoundError as error:
             raise UsageError(f"{component} in {weight_format}: {LIBRARIES[weight_format]} is not installed") from error
-    digest.update((folder / component / "config.json").read_bytes())
-    for header in component_headers(folder / component, no_tensor):
-        seen = header.path.stat()
-        names = sorted((name, info.dtype, info.shape, info.begin) for name, info in header.tensors.items())
-        digest.update(f"{header.path.name} {seen.st_size} {seen.st_mtime_ns} {names}".encode())
+    try:
+        digest.update((folder / component / "config.json").read_bytes())
+        for header in component_headers(folder / component, no_tensor):
+            seen = header.path.stat()
+            names = sorted((name, info.dtype, info.shape, info.begin) for name, info in header.tensors.items())
+            digest.update(f"{header.path.name} {seen.st_size} {seen.st_mtime_ns} {names}".encode())
+            for sample in _samples(header.path, seen.st_size):
+                digest.update(sample)
+    except OSError as error:
+        raise CheckpointBroken(f"{folder / component} cannot be read: {error}") from error
     return Entry(component, weight_format, dtype, digest.hexdigest()[:16])
 
 
+def _samples(path: Path, size_bytes: int) -> Iterator[bytes]:
+    """``SAMPLES`` pieces of a file, evenly spread."""
+    last = max(0, size_bytes - SAMPLE_BYTES)
+    with path.open("rb", buffering=0) as file:
+        for index in range(SAMPLES):
+            file.seek(last * index // (SAMPLES - 1))
+            yield file.read(SAMPLE_BYTES)
+
+
 @dataclass(frozen=True, slots=True)
-class StoredBlock:
-    """One block's file."""
+class Manifest:
+    """What an entry was made of. ``checksums``: of each block, one a piece; ``layout``: ``layout_digest``."""
 
-    layout: Layout
-    path: Path
+    component: str
+    weight_format: str
+    dtype: str
+    fingerprint: str
+    schema: int
+    source: str
+    block_bytes: tuple[int, ...]
+    checksums: tuple[tuple[int, ...], ...]
+    layout: str
+    versions: dict[str, str]
 
-    def read_into(self, span: torch.Tensor, direct: bool = False) -> None:
-        with closing(RawFile(self.path, direct)) as file:
-            file.read_into(span, 0)
+    def text(self) -> str:
+        """As JSON, with a checksum of itself."""
+        raw = asdict(self)
+        return json.dumps({**raw, "crc32": _checksum(raw)}, indent=2) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Of a finished entry.
+
+        Raises:
+            CheckpointBroken: missing, unreadable, or not what was written.
+        """
+        try:
+            raw: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            if raw.pop("crc32") != _checksum(raw):
+                raise ValueError("it is not what was written")
+            blocks, checksums = tuple(raw.pop("block_bytes")), tuple(tuple(each) for each in raw.pop("checksums"))
+            return cls(**raw, block_bytes=blocks, checksums=checksums)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointBroken(f"{folder / MANIFEST} is damaged ({error}); {repair(folder)}") from error
+
+
+def _checksum(raw: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(raw, sort_keys=True).encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +138,7 @@ class PreparedStore:
     """One finished entry."""
 
     folder: Path
-    weight_format: str
-    dtype: str
-    block_bytes: tuple[int, ...]
-    checksums: tuple[str, ...]
-    layout: str
-    source: str
+    manifest: Manifest
 
     @classmethod
     def open(cls, folder: Path) -> PreparedStore:
@@ -101,29 +147,17 @@ class PreparedStore:
         Raises:
             CheckpointBroken: names what is missing or of another size.
         """
-        try:
-            raw: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            store = cls(
-                folder=folder,
-                weight_format=raw["weight_format"],
-                dtype=raw["dtype"],
-                block_bytes=tuple(raw["block_bytes"]),
-                checksums=tuple(raw["checksums"]),
-                layout=raw["layout"],
-                source=raw["source"],
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointBroken(f"{folder}: not a prepared store: {error!r}; remove it") from error
-        for index, size in enumerate(store.block_bytes):
+        manifest = Manifest.read(folder)
+        for index, size in enumerate(manifest.block_bytes):
             path = block_path(folder, index)
             found = path.stat().st_size if path.exists() else None
             if found != size:
-                raise CheckpointBroken(f"{path} has {found} bytes, {size} were written: remove {folder}")
-        return store
+                raise CheckpointBroken(f"{path} has {found or 'no'} bytes, {size} were written; {repair(folder)}")
+        return cls(folder, manifest)
 
     @property
     def total_bytes(self) -> int:
-        return sum(self.block_bytes)
+        return sum(self.manifest.block_bytes)
 
     def sources(self, blocks: Blocks) -> list[BlockSource]:
         """Convert the blocks to this store's format, on the meta device, and pair each with its file.
@@ -131,26 +165,32 @@ class PreparedStore:
         Raises:
             CheckpointBroken: the layout is not the one that was written.
         """
-        dtype = DTYPES[self.dtype]
-        layouts = [layout_of(module, "", dtype) for module in blocks.converted(self.weight_format, dtype).modules]
-        if layout_digest(layouts) != self.layout:
+        dtype = DTYPES[self.manifest.dtype]
+        modules = blocks.converted(self.manifest.weight_format, dtype).modules
+        layouts = [layout_of(module, "", dtype) for module in modules]
+        if layout_digest(layouts) != self.manifest.layout:
             raise CheckpointBroken(
-                f"{self.folder} was prepared for another model, or by another release of diffusers or transformers: "
-                "remove it"
+                f"{self.folder} was prepared for another model, or by another release of diffusers or transformers; "
+                f"{repair(self.folder)}"
             )
-        return [StoredBlock(layout, block_path(self.folder, index)) for index, layout in enumerate(layouts)]
+        return [self._block(index, layout) for index, layout in enumerate(layouts)]
 
     def verify(self) -> Iterator[str]:
         """Read everything and compare checksums; a line for each block that differs."""
-        for index, checksum in enumerate(self.checksums):
-            path = block_path(self.folder, index)
-            if _file_checksum(path) != checksum:
-                yield f"{path}: its bytes are not those that were written"
+        largest = allocate(max(self.manifest.block_bytes, default=0), torch.device("cpu"))
+        for index, size in enumerate(self.manifest.block_bytes):
+            try:
+                self._block(index, Layout((), size)).read_into(largest[:size], direct=True)
+            except CheckpointBroken as error:
+                yield str(error)
+
+    def _block(self, index: int, layout: Layout) -> StoredBlock:
+        return StoredBlock(layout, block_path(self.folder, index), self.manifest.checksums[index])
 
 
 def find(folder: Path, component: str, weight_format: str, dtype: str, cache: Path) -> PreparedStore | None:
     """The finished entry for a component as its files are now, or None."""
-    final = cache / "prepared" / entry_of(folder, component, weight_format, dtype).name
+    final = entry_folder(cache, entry_of(folder, component, weight_format, dtype).name)
     return PreparedStore.open(final) if final.exists() else None
 
 
@@ -158,12 +198,3 @@ def layout_digest(layouts: Sequence[Layout]) -> str:
     """Which tensor lies where in each block: a release of diffusers that names or orders them otherwise is seen."""
     places = [(place.name, place.offset, place.shape, str(place.dtype)) for each in layouts for place in each.places]
     return hashlib.sha256(repr((places, [each.total_bytes for each in layouts])).encode()).hexdigest()
-
-
-def block_path(folder: Path, index: int) -> Path:
-    return folder / f"block-{index:03d}.bin"
-
-
-def _file_checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
