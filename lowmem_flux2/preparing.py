@@ -128,6 +128,7 @@ def prepare_all(
                 cache,
                 on_start=lambda blocks: observer.stage_started("prepare", blocks),
                 on_block=observer.advanced,
+                on_event=observer.event,
             )
             observer.stage_finished("prepare")
             out.print(f"{store.folder}   {format_bytes(store.total_bytes)}", soft_wrap=True)

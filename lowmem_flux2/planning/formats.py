@@ -54,7 +54,7 @@ def _fp8(rows: int, columns: int, dtype_bytes: int) -> tuple[int, ...]:
 
 
 def _nf4(rows: int, columns: int, dtype_bytes: int) -> tuple[int, ...]:
-    """Two weights a byte; an absmax in 8 bits per 64 of them, and one of those in fp32 per 256; an offset, two tables."""
+    """Two weights a byte; an absmax in 8 bits per 64, a nested one in fp32 per 256 of those; an offset, two tables."""
     blocks = ceil(rows * columns / NF4_BLOCK)
     return ceil(rows * columns / 2), blocks, 4 * ceil(blocks / NF4_NESTED_BLOCK), 4, 4 * 16, 4 * 256
 
@@ -137,8 +137,8 @@ _EXACT = "exact: the checkpoint's own bf16 values"
 _FP16 = "assumed: fp16 keeps more digits than bf16, but values beyond its range are clipped or lost"
 _WEIGHT_TABLE = "relative weight error on Gaussian weights, measured 2026 on CPU; not yet an error of latents"
 
-# Scratch: int4 unpacks one half of its bytes at a time (0.5 bytes a weight); nf4 expands its absmax values to fp32, twice
-# for a moment (2 * 4/64). Measured on a CPU with torch's profiler (tests), not on a GPU.
+# Scratch: int4 unpacks one half of its bytes at a time (0.5 bytes a weight); nf4 expands its absmax values to fp32,
+# twice for a moment (2 * 4/64). Measured on a CPU with torch's profiler (tests), not on a GPU.
 FORMATS: dict[str, WeightFormat] = {
     fmt.name: fmt
     for fmt in (

@@ -177,7 +177,7 @@ class TextEncoderSpec:
         attention, mlp = ((q, h), (kv, h), (kv, h), (h, q)), self.intermediate_size
         norms = (h, h) + ((self.head_dim,) * 2 if self.architecture == "qwen3" else ())
         biases = (q, kv, kv, h) if self.attention_bias else ()
-        return BlockSpec("layer", attention + ((mlp, h), (mlp, h), (h, mlp)), norms + biases)
+        return BlockSpec("layer", (*attention, (mlp, h), (mlp, h), (h, mlp)), norms + biases)
 
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:

@@ -1,8 +1,8 @@
 """One block's file in the prepared store: written and read past the page cache, each piece with its CRC-32.
 
-Why a CRC-32 (zlib): on one core of a 2-core AMD EPYC virtual machine it takes 4.2 GB/s, blake2b 0.9, sha256 1.8, md5 0.8
-(2026-11-24), so it hides behind the disk and every load can afford it. It finds any single flipped bit, any burst of up
-to 32 bits, and other damage but for one case in 2^32. Who can forge a CRC can write the manifest too.
+Why a CRC-32 (zlib): on one core of a 2-core AMD EPYC virtual machine it takes 4.2 GB/s, blake2b 0.9, sha256 1.8, md5
+0.8 (2026-11-24), so it hides behind the disk and every load can afford it. It finds any single flipped bit, any burst
+of up to 32 bits, and other damage but for one case in 2^32. Who can forge a CRC can write the manifest too.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ def write_block(folder: Path, index: int, span: torch.Tensor) -> None:
 
 def written_checksums(folder: Path, index: int) -> list[int]:
     """Of a block that ``write_block`` has finished."""
-    found: list[int] = json.loads(block_path(folder, index).with_suffix(".json").read_text(encoding="utf-8"))[_CHECKSUMS]
+    found: list[int] = json.loads(block_path(folder, index).with_suffix(".json").read_text(encoding="utf-8"))[
+        _CHECKSUMS
+    ]
     return found
 
 
@@ -125,7 +127,7 @@ def _write(path: Path, span: torch.Tensor) -> list[int]:
 
 
 def _create(path: Path) -> tuple[int, bool]:
-    """An empty file's descriptor, and whether it writes past the page cache, which would lose what others keep there."""
+    """An empty file's descriptor, and whether it writes past the page cache: what others keep there stays."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
     if hasattr(os, "O_DIRECT"):
         with suppress(OSError):

@@ -84,6 +84,14 @@ class TensorFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._info(name).shape
 
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises CheckpointBroken where there is no such tensor, or of another shape."""
+        stored = self._info(name).shape
+        if stored != shape:
+            raise CheckpointBroken(
+                f"{self.folder}: tensor {name!r} has shape {list(stored)}, the config implies {list(shape)}"
+            )
+
     def read_into(self, name: str, destination: torch.Tensor, direct: bool = False) -> None:
         """Fill a contiguous host tensor of the stored shape, converting the dtype where it differs.
 
@@ -92,12 +100,7 @@ class TensorFile:
         Raises:
             CheckpointBroken: no such tensor, another shape, or the file ends early.
         """
-        info = self._info(name)
-        if tuple(destination.shape) != info.shape:
-            raise CheckpointBroken(
-                f"{self.folder}: tensor {name!r} has shape {list(info.shape)}, the config implies "
-                f"{list(destination.shape)}"
-            )
+        self.check_shape(name, tuple(destination.shape))
         self._read_values(name, 0, destination.view(-1), direct)
 
     def read_rows_from(self, name: str, first: int, destination: torch.Tensor) -> None:

@@ -1,41 +1,33 @@
-"""Quantize a component once into the prepared store: block by block, resumable, locked, atomic."""
+"""An entry of the prepared store is made once: locked, resumable, atomic, and refused with a reason."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
-from lowmem_flux2.errors import DoesNotFit, UsageError
+from lowmem_flux2.errors import CheckpointBroken, DoesNotFit, LowMemFlux2Error, UsageError
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.report import write_atomically
-from lowmem_flux2.runtime.cache import MANIFEST
+from lowmem_flux2.runtime.blockfile import written_checksums
+from lowmem_flux2.runtime.cache import MANIFEST, PARTIAL, entry_folder, locked
 from lowmem_flux2.runtime.checkpoint import TensorFile
-from lowmem_flux2.runtime.components import (
-    Blocks,
-    text_decoder_blocks,
-    text_decoder_on_meta,
-    text_decoder_root,
-    transformer_blocks,
-    transformer_on_meta,
-)
+from lowmem_flux2.runtime.conversion import Conversion
 from lowmem_flux2.runtime.device import DTYPES
-from lowmem_flux2.runtime.layout import Layout, allocate, layout_of
-from lowmem_flux2.runtime.quantize import STORED, StoredLinear
-from lowmem_flux2.runtime.store import LIBRARIES, SCHEMA, Entry, PreparedStore, block_path, entry_of, layout_digest
+from lowmem_flux2.runtime.layout import Layout
+from lowmem_flux2.runtime.store import LIBRARIES, SCHEMA, Entry, Manifest, PreparedStore, entry_of, find, layout_digest
+from lowmem_flux2.units import format_bytes
 
 SOURCE = "source.txt"
-"""In an unfinished entry: what it is being made of, so that it goes too when the source has changed."""
+"""In an entry: what it is made of, so that it goes when the source has changed, finished or not."""
 SPARE_BYTES = 64 << 20
 """Left free on the disk for the manifest and for others."""
+_DISK_IS_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def prepare(
@@ -47,106 +39,72 @@ def prepare(
     cache: Path,
     on_start: Callable[[int], None] = lambda blocks: None,
     on_block: Callable[[], None] = lambda: None,
+    on_event: Callable[[str], None] = lambda text: None,
 ) -> PreparedStore:
     """Quantize a component block by block into the store, or return the entry that is there.
 
-    Holds one block's stored span and one Linear's full weight at a time, whatever the model's size.
+    Args:
+        on_start: told how many blocks are to be made.
+        on_block: told that one is in the store.
+        on_event: told, in a sentence, that another process is at it already and is waited for.
 
     Raises:
-        DoesNotFit: the disk is too small, before the first byte.
+        DoesNotFit: the disk is too small, before the first byte, or filled up meanwhile.
         UsageError: the cache cannot be written.
-        CheckpointBroken: the source's weights are not what its config implies.
+        CheckpointBroken: the source cannot be read, is not what its config implies, or changed meanwhile.
     """
+    found = find(folder, component, weight_format, dtype, cache)  # writes nothing: the cache may be read-only
+    if found is not None:
+        return found
+    stamp = _stamp(folder / component)
     entry = entry_of(folder, component, weight_format, dtype)
-    root = cache / "prepared"
-    final, partial = root / entry.name, root / f".partial-{entry.name}"
+    final = entry_folder(cache, entry.name)
+    partial = final.with_name(f"{PARTIAL}{entry.name}")
+    waiting = f"another process is preparing the {component} in {weight_format}: waiting for it to finish"
+    job: Conversion | None = None
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f"{entry.name}.lock"):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with locked(final, on_wait=lambda: on_event(waiting)):
             if final.exists():
                 return PreparedStore.open(final)
-            _remove_stale(root, entry, folder)
+            _remove_stale(entry, folder, final.parent)
             partial.mkdir(exist_ok=True)
+            for left in partial.glob("*.tmp"):  # by a run that was killed
+                left.unlink()
             write_atomically(partial / SOURCE, str(folder.resolve()))
             with TensorFile(folder / component) as files:
-                blocks = component_blocks(folder, model, component, files)
-                prefixes = blocks.prefixes
-                blocks.converted(weight_format, DTYPES[dtype])
-                layouts = [
-                    layout_of(module, prefix, DTYPES[dtype])
-                    for module, prefix in zip(blocks.modules, prefixes, strict=True)
-                ]
-                missing = [index for index in range(len(layouts)) if not block_path(partial, index).exists()]
-                _check_disk(partial, sum(layouts[index].total_bytes for index in missing))
-                on_start(len(missing))
-                for index in missing:
-                    span = allocate(layouts[index].total_bytes, torch.device("cpu"))
-                    span.zero_()  # the padding between tensors is part of the file
-                    _fill(blocks.modules[index], prefixes[index], layouts[index], files, span, DTYPES[dtype])
-                    _write_block(partial, index, span)
-                    on_block()
-            _write_manifest(partial, entry, folder, layouts)
+                job = Conversion.of(folder, model, component, weight_format, DTYPES[dtype], files)
+                _check_disk(partial, job.bytes_missing(partial))
+                on_start(len(job.missing(partial)))
+                job.run(partial, on_block, lambda: _check_stamp(folder / component, stamp))
+            write_atomically(partial / MANIFEST, _manifest(partial, entry, folder, job.layouts).text())
+            _sync_folder(partial)
             partial.rename(final)
-            _sync_folder(root)
-    except OSError as error:
-        raise UsageError(f"{root} cannot be written: {error}; give another folder with --cache-dir") from error
+            _sync_folder(final.parent)
+    except _SourceChanged:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    except OSError as error:  # of the cache alone: reading the source raises CheckpointBroken
+        raise _refusal(error, final.parent, job.bytes_missing(partial) if job else 0) from error
     return PreparedStore.open(final)
 
 
-def _fill(
-    module: torch.nn.Module, prefix: str, layout: Layout, files: TensorFile, span: torch.Tensor, dtype: torch.dtype
-) -> None:
-    """Read and quantize one block into its span, one Linear at a time."""
-    quantized: dict[str, torch.Tensor] = {}
-    for place in layout.places:
-        owner_name, _, leaf = place.name.rpartition(".")
-        owner = module.get_submodule(owner_name)
-        if not (isinstance(owner, StoredLinear) and leaf in owner._buffers):
-            files.read_into(prefix + place.name, place.view(span))
-            continue
-        if f"{owner_name}.{leaf}" not in quantized:  # the first of its storage tensors
-            weight = torch.empty(owner.out_features, owner.in_features, dtype=dtype)
-            files.read_into(f"{prefix}{owner_name}.weight", weight)
-            stored = STORED[owner.format_name].quantize(weight, dtype)
-            quantized = {f"{owner_name}.{name}": tensor for name, tensor in stored.items()}
-        place.view(span).copy_(quantized[place.name].view(place.shape))
+class _SourceChanged(CheckpointBroken):
+    """The source's files are not those that were there at the start."""
 
 
-def component_blocks(folder: Path, model: ModelSpec, component: str, files: TensorFile) -> Blocks:
-    """The streamable blocks of ``transformer`` or ``text_encoder``, on the meta device."""
-    if component == "transformer":
-        return transformer_blocks(transformer_on_meta(folder / component))
-    return text_decoder_blocks(text_decoder_on_meta(folder / component, model), text_decoder_root(files))
+def _stamp(folder: Path) -> list[tuple[str, int, int, int, int]]:
+    """What a write to a file of the source changes. Not kept: see ``entry_of`` for why times of change are too much."""
+    try:
+        seen = [(path.name, path.stat()) for path in sorted((*folder.glob("*.json"), *folder.glob("*.safetensors")))]
+    except OSError as error:
+        raise CheckpointBroken(f"{folder} cannot be read: {error}") from error
+    return [(name, at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino) for name, at in seen]
 
 
-def _write_block(folder: Path, index: int, span: torch.Tensor) -> None:
-    path = block_path(folder, index)
-    temporary = path.with_suffix(".tmp")
-    raw = memoryview(span.numpy().data)
-    with temporary.open("wb") as file:
-        file.write(raw)
-        file.flush()
-        os.fsync(file.fileno())
-    write_atomically(path.with_suffix(".json"), json.dumps({"blake2b": hashlib.blake2b(raw).hexdigest()}))
-    temporary.replace(path)
-
-
-def _write_manifest(partial: Path, entry: Entry, folder: Path, layouts: Sequence[Layout]) -> None:
-    checksums = [
-        json.loads(block_path(partial, index).with_suffix(".json").read_text())["blake2b"]
-        for index in range(len(layouts))
-    ]
-    manifest = {
-        **asdict(entry),
-        "schema": SCHEMA,
-        "source": str(folder.resolve()),
-        "block_bytes": [layout.total_bytes for layout in layouts],
-        "checksums": checksums,
-        "layout": layout_digest(layouts),
-        "versions": {name: metadata.version(name) for name in ("torch", *LIBRARIES.values()) if _installed(name)},
-    }
-    write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    _sync_folder(partial)
+def _check_stamp(folder: Path, stamp: Sequence[object]) -> None:
+    if _stamp(folder) != stamp:
+        raise _SourceChanged(f"{folder} was changed while it was prepared: nothing of it is kept; run again")
 
 
 def _installed(name: str) -> bool:
@@ -167,6 +125,18 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _manifest(partial: Path, entry: Entry, folder: Path, layouts: Sequence[Layout]) -> Manifest:
+    return Manifest(
+        **asdict(entry),
+        schema=SCHEMA,
+        source=str(folder.resolve()),
+        block_bytes=tuple(layout.total_bytes for layout in layouts),
+        checksums=tuple(tuple(written_checksums(partial, index)) for index in range(len(layouts))),
+        layout=layout_digest(layouts),
+        versions={name: metadata.version(name) for name in ("torch", *LIBRARIES.values()) if _installed(name)},
+    )
+
+
 def _check_disk(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes + SPARE_BYTES:
@@ -175,23 +145,26 @@ def _check_disk(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def _remove_stale(root: Path, entry: Entry, folder: Path) -> None:
+def _refusal(error: OSError, root: Path, needed_bytes: int) -> LowMemFlux2Error:
+    """What it means that the cache could not be written with so many bytes to come. Finished blocks are kept."""
+    if error.errno not in _DISK_IS_FULL:
+        return UsageError(f"{root} cannot be written: {error}; give another folder with --cache-dir")
+    free = shutil.disk_usage(root).free
+    kept = "what is finished is kept and taken over by the next run (prepare --list, --remove)"
+    if free < needed_bytes:
+        return DoesNotFit("prepare", "disk", needed_bytes, free, [f"--cache-dir on another disk; {kept}"])
+    return UsageError(
+        f"{root}: the system takes no more ({error.strerror}), a quota or a limit on file sizes, perhaps: "
+        f"{format_bytes(needed_bytes)} were still to be written, {format_bytes(free)} are free; {kept}"
+    )
+
+
+def _remove_stale(entry: Entry, folder: Path, root: Path) -> None:
     """Drop entries, finished or not, of the same source, component and format whose source has changed since."""
     kind = f"{entry.component}-{entry.weight_format}-{entry.dtype}-"
-    for other in (*root.glob(f"{kind}*/{SOURCE}"), *root.glob(f".partial-{kind}*/{SOURCE}")):
-        if other.parent.name.removeprefix(".partial-") == entry.name:
+    for other in (*root.glob(f"{kind}*/{SOURCE}"), *root.glob(f"{PARTIAL}{kind}*/{SOURCE}")):
+        if other.parent.name.removeprefix(PARTIAL) == entry.name:
             continue
         with suppress(OSError):
             if other.read_text(encoding="utf-8") == str(folder.resolve()):
                 shutil.rmtree(other.parent)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the entry's lock; a second process waits here and then finds the entry made."""
-    with path.open("a") as file:
-        if os.name != "nt":
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -61,6 +61,7 @@ def _store(stage: StagePlan, source: ModelSource, running: Running, observer: Ob
         running.cache,
         on_start=lambda blocks: observer.stage_started("prepare", blocks),
         on_block=observer.advanced,
+        on_event=observer.event,
     )
     observer.stage_finished("prepare")
     return made

@@ -9,8 +9,9 @@ cannot be bound to a slot. nf4 is bitsandbytes'.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
+from math import gcd
 from typing import ClassVar
 
 import torch
@@ -19,16 +20,16 @@ from torch.nn import functional
 
 from lowmem_flux2.planning.formats import NF4_BLOCK, NF4_NESTED_BLOCK, group_size
 
-PIECE_WEIGHTS = 1 << 20
-"""Quantized at a time: temporaries of 4 MiB that stay in a processor's cache, whatever the Linear's size."""
+PIECE_WEIGHTS = 1 << 18
+"""Quantized at a time: temporaries of 1 MiB that stay in a core's cache, whatever the Linear's size."""
+CELLS = 256
+"""Of the interval [-1, 1], fine enough that no two bounds of nf4 share one."""
+
 
 def piece_rows(columns: int) -> int:
     """Rows quantized at a time: about ``PIECE_WEIGHTS``, and whole nf4 blocks at any width."""
-    return max(1, PIECE_WEIGHTS // columns // NF4_BLOCK) * NF4_BLOCK
-
-
-CELLS = 256
-"""Of the interval [-1, 1], fine enough that no two bounds of nf4 share one."""
+    step = NF4_BLOCK // gcd(NF4_BLOCK, columns)
+    return max(1, PIECE_WEIGHTS // columns // step) * step
 
 
 class StoredLinear(nn.Module):
@@ -54,27 +55,38 @@ class StoredLinear(nn.Module):
     @classmethod
     def quantize(cls, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Storage tensors of a weight; scales in the compute dtype unless the format says otherwise."""
-        kinds = cls.storage(*weight.shape, dtype)
+        rows, columns = weight.shape
+        kinds = cls.storage(rows, columns, dtype)
         made = {name: torch.empty(shape, dtype=kind) for name, (shape, kind) in kinds.items()}
-        cls.fill(made, (part.to(dtype) for part in weight.split(piece_rows(weight.shape[1]))))
+        working = made | cls.scratch(rows, columns)
+        step = piece_rows(columns)
+        for first in range(0, rows, step):
+            cls.fill_rows(working, first, weight[first : first + step].to(dtype))
+        cls.finish(working)
         return made
 
     @classmethod
-    def fill(cls, storage: Mapping[str, torch.Tensor], pieces: Iterable[torch.Tensor]) -> None:
-        """Quantize a weight that comes in pieces, in the compute dtype, into its storage tensors.
+    def scratch(cls, rows: int, columns: int) -> dict[str, torch.Tensor]:
+        """What ``fill_rows`` leaves for ``finish``, beside the storage tensors."""
+        return {}
 
-        A piece is ``piece_rows`` whole rows, the last one what is left.
-        """
-        starts = dict.fromkeys(storage, 0)
-        for piece in pieces:
-            for name, part in cls.quantize_rows(piece).items():
-                storage[name][starts[name] : starts[name] + len(part)] = part
-                starts[name] += len(part)
+    @classmethod
+    def fill_rows(cls, storage: Mapping[str, torch.Tensor], first: int, weight: torch.Tensor) -> None:
+        """Quantize ``piece_rows`` rows of a weight in the compute dtype, or what is left of them, from a multiple of
+        that on, into its storage tensors and scratch. From any thread."""
+        for name, part in cls.quantize_rows(weight).items():
+            start = first * len(part) // len(weight)
+            storage[name][start : start + len(part)] = part
 
     @classmethod
     def quantize_rows(cls, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Values of the storage tensors of whole rows, for formats that treat each row by itself."""
         raise NotImplementedError
+
+    @classmethod
+    def finish(cls, storage: Mapping[str, torch.Tensor]) -> None:
+        """Fill the storage tensors that need all rows."""
+        return
 
     @abstractmethod
     def dequantize(self) -> torch.Tensor:
@@ -194,17 +206,22 @@ class Nf4Linear(StoredLinear):
         }
 
     @classmethod
-    def fill(cls, storage: Mapping[str, torch.Tensor], pieces: Iterable[torch.Tensor]) -> None:
+    def scratch(cls, rows: int, columns: int) -> dict[str, torch.Tensor]:
+        return {"plain_absmax": torch.empty(-(-rows * columns // NF4_BLOCK))}
+
+    @classmethod
+    def fill_rows(cls, storage: Mapping[str, torch.Tensor], first: int, weight: torch.Tensor) -> None:
+        packed, absmax = _nf4_packed(weight.reshape(-1))
+        start = first * weight.shape[1]
+        storage["weight"][start // 2 : start // 2 + len(packed)] = packed
+        storage["plain_absmax"][start // NF4_BLOCK : start // NF4_BLOCK + len(absmax)] = absmax
+
+    @classmethod
+    def finish(cls, storage: Mapping[str, torch.Tensor]) -> None:
         from bitsandbytes import functional as bnb
 
-        start, found = 0, []
-        for piece in pieces:
-            packed, absmax = _nf4_packed(piece.reshape(-1))
-            storage["weight"][start : start + len(packed)] = packed
-            start += len(packed)
-            found.append(absmax)
-        absmax = torch.cat(found)
-        offset = absmax.mean()  # the nested quantization is of the whole weight's, as in bnb.quantize_4bit
+        absmax = storage["plain_absmax"]
+        offset = absmax.mean()
         nested, outer = bnb.quantize_blockwise(absmax - offset, blocksize=NF4_NESTED_BLOCK)
         made = {"absmax": nested, "nested_absmax": outer.absmax, "offset": offset, "nested_levels": outer.code}
         made["levels"] = bnb.get_4bit_type("nf4", device="cpu")
@@ -243,10 +260,10 @@ def _nf4_packed(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     full = len(weight) // NF4_BLOCK * NF4_BLOCK
     blocks = weight[:full].float().view(-1, NF4_BLOCK)
     absmax = blocks.abs().amax(dim=1)
-    blocks.mul_((1.0 / absmax.clamp(min=1e-38)).view(-1, 1)).clamp_(-1, 1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38)).view(-1, 1)).clamp_(-1, 1).view(-1)
     below, bound = _nf4_cells()
-    cell = _cell(blocks.view(-1))
-    values = below.index_select(0, cell).add_(blocks.view(-1) > bound.index_select(0, cell))
+    cell = _cell(scaled)
+    values = below.index_select(0, cell).add_(scaled > bound.index_select(0, cell))
     packed = (values[0::2] << 4).bitwise_or_(values[1::2]).unsqueeze(1)
     if full == len(weight):
         return packed, absmax

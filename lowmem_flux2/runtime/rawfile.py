@@ -1,9 +1,10 @@
 """One file, read at any offset from any thread: large pieces past the page cache, small ones through it.
 
 Why past it (O_DIRECT): a cold buffered read makes a page of cache for every page that it hands over, and copies. On a
-2-core virtual machine that was 0.3 to 0.4 GB/s, 59 % of all samples in the kernel's copy out of fresh cache pages, where
-the same file came at 1.2 to 1.6 GB/s directly into memory that had been touched before, and at 1.5 to 2.3 GB/s with two
-readers (2026-11-24). And blocks that rest on disk are read at each step: cached, they would push everything else out.
+2-core virtual machine that was 0.3 to 0.4 GB/s, 59 % of all samples in the kernel's copy out of fresh cache pages,
+where the same file came at 1.2 to 1.6 GB/s directly into memory that had been touched before, and at 1.5 to 2.3 GB/s
+with two readers (2026-11-24). And blocks that rest on disk are read at each step: cached, they would push everything
+else out.
 
 What the page cache holds already (a checkpoint just downloaded, a store just made) is taken from there instead.
 """
@@ -65,7 +66,11 @@ class RawFile:
         self._bounces.clear()
 
     def read_into(
-        self, destination: torch.Tensor, offset: int, direct: bool = False, on_piece: OnPiece = lambda start, piece: None
+        self,
+        destination: torch.Tensor,
+        offset: int,
+        direct: bool = False,
+        on_piece: OnPiece = lambda start, piece: None,
     ) -> None:
         """Fill a contiguous 1-D host tensor from the file at ``offset``.
 

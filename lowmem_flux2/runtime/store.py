@@ -57,8 +57,8 @@ def entry_of(folder: Path, component: str, weight_format: str, dtype: str) -> En
     """The entry for a component of a diffusers folder. Reads headers, file times and a sample of the weights.
 
     Inode and change time would see more, and too much: copying or hard-linking a model, a container's ``chown -R`` at
-    each start, or file systems with inode numbers of the day would have everything prepared again. The sample sees other
-    weights under an old modification time. (In the hub's cache the files are links; what they point at is looked at.)
+    each start, or file systems with inode numbers of the day would have everything prepared again. The sample sees
+    other weights under an old modification time. (In the hub's cache the files are links: what they point at counts.)
 
     Raises:
         UsageError: the format's library is not installed.

@@ -34,9 +34,11 @@ def test_sizes_are_whole_multiples_of_the_alignment(name: str) -> None:
 
 def test_transients_are_what_expanding_the_largest_weight_allocates() -> None:
     block = spec(DEV).transformer.single_block
-    weights = block.largest_linear_weights
-    for name, per_weight in (("bf16", 0), ("int8", 2), ("fp8", 2), ("nf4", 2.1), ("int4", 2.5)):
+    weights = max(rows * columns for rows, columns in block.linears)
+    for name, per_weight in (("bf16", 0), ("int8", 2), ("fp8", 2), ("nf4", 2.125), ("int4", 2.5)):
         assert FORMATS[name].transient_bytes(block) == pytest.approx(per_weight * weights, rel=1e-3)
+        of_fp32 = (per_weight + 2) * weights if FORMATS[name].is_quantized else 0
+        assert FORMATS[name].transient_bytes(block, dtype_bytes=4) == pytest.approx(of_fp32, rel=1e-3)
 
 
 def test_smaller_formats_are_less_faithful_and_every_error_says_where_it_is_from() -> None:

@@ -35,10 +35,12 @@ def weights(module: nn.Module | None) -> int:
 
 
 def assert_block(module: nn.Module, block: BlockSpec) -> None:
-    linears = [weight.numel() for m in module.modules() if isinstance(m, nn.Linear) for weight in [m.weight]]
-    assert block.linear_weights == sum(linears)
-    assert block.other_weights == weights(module) - sum(linears)
-    assert block.largest_linear_weights == max(linears)
+    linears = [m.weight for m in module.modules() if isinstance(m, nn.Linear)]
+    assert sorted(block.linears) == sorted(tuple(weight.shape) for weight in linears)
+    others = [p.numel() for p in module.parameters() if not any(p is weight for weight in linears)]
+    assert sorted(block.others) == sorted(others)
+    assert block.linear_weights == sum(weight.numel() for weight in linears)
+    assert block.other_weights == sum(others)
     assert block.total_weights == weights(module)
 
 

@@ -152,7 +152,7 @@ def stored_dtype(files: TensorFile, name: str) -> torch.dtype:
 def test_closes_what_it_opened(tmp_path: Path, tiny_klein: Path) -> None:
     before = open_descriptors()
     with TensorFile(tiny_klein / "transformer"):
-        assert open_descriptors() == before + 1
+        assert open_descriptors() - before in (1, 2)  # through the page cache, and past it where that is possible
     assert open_descriptors() == before
     folder = tmp_path / "transformer"
     shutil.copytree(tiny.write_klein(tmp_path / "sharded", shard_bytes=300_000) / "transformer", folder)
