@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -14,31 +13,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stores import contents, entries, latents, prepared, weights_of
 
-from lowmem_flux2 import Engine, cli
+from lowmem_flux2 import cli
 from lowmem_flux2.errors import CheckpointBroken, CheckpointMissing, DoesNotFit, UsageError
 from lowmem_flux2.planning.sources import resolve_model
 from lowmem_flux2.runtime import prepare as preparation
-from lowmem_flux2.runtime import store as stores
+from lowmem_flux2.runtime import store
 from lowmem_flux2.runtime.prepare import prepare
 from lowmem_flux2.runtime.quantize import STORED
-from lowmem_flux2.runtime.store import PreparedStore, block_path, entry_of, find
+from lowmem_flux2.runtime.store import block_path, entry_of, find
 
 MIB = 1 << 20
-ASKED: dict[str, Any] = {
-    "height": 64,
-    "width": 64,
-    "num_inference_steps": 2,
-    "guidance_scale": 4.0,
-    "max_sequence_length": 64,
-    "seed": 0,
-    "output_type": "latent",
-}
 FORMS = ("dev", "klein", "shapes")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="starts processes that share what is imported")
 
@@ -55,37 +45,6 @@ def sources(folders: dict[str, Path]) -> dict[str, Path]:
 def source(tiny_klein: Path, tmp_path: Path) -> Path:
     """A copy of the tiny checkpoint, to be changed."""
     return Path(shutil.copytree(tiny_klein, tmp_path / "source"))
-
-
-def latents(folder: Path, cache: Path, weight_format: str, placement: str = "auto", **options: Any) -> torch.Tensor:
-    engine = Engine(
-        str(folder),
-        device="cpu",
-        dtype="fp32",
-        weight_format=weight_format,
-        text_weight_format=weight_format,
-        placement=placement,  # type: ignore[arg-type]
-        cache_dir=cache,
-        **options,
-    )
-    made: torch.Tensor = engine.generate("a red circle", **ASKED).images
-    return made
-
-
-def prepared(folder: Path, cache: Path, weight_format: str = "int8", **hooks: Any) -> PreparedStore:
-    """The tiny transformer, prepared in fp32."""
-    spec = resolve_model(str(folder), offline=True).spec
-    return prepare(folder, spec, "transformer", weight_format, "fp32", cache, **hooks)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """The bytes of an entry's blocks."""
-    return {path.name: path.read_bytes() for path in folder.glob("*.bin")}
-
-
-def entries(cache: Path) -> list[str]:
-    """Names of all entries, unfinished ones included."""
-    return sorted(path.name for path in (cache / "prepared").iterdir() if path.is_dir())
 
 
 def dequantized(folder: Path, target: Path, weight_format: str) -> Path:
@@ -155,36 +114,23 @@ def test_two_processes_prepare_once(tiny_klein: Path, tmp_path: Path) -> None:
 
     def work() -> None:
         counted: list[None] = []
+        told: list[str] = []
         barrier.wait(timeout=20)
-        prepared(tiny_klein, tmp_path, on_block=lambda: (counted.append(None), time.sleep(0.02))[0])
-        made.put(len(counted))
+
+        def slowly() -> None:
+            counted.append(None)
+            time.sleep(0.02)
+
+        prepared(tiny_klein, tmp_path, on_block=slowly, on_event=told.append)
+        made.put((len(counted), told))
 
     both = [forked(work) for _ in range(2)]
-    assert sorted(made.get(timeout=30) for _ in both) == [0, 5]
+    waiting = "another process is preparing the transformer in int8: waiting for it to finish"
+    assert sorted(made.get(timeout=30) for _ in both) == [(0, [waiting]), (5, [])]
     for process in both:
         process.join(20)
         assert process.exitcode == 0
     assert len(entries(tmp_path)) == 1
-
-
-@needs_fork
-def test_killed_at_any_point_the_next_run_makes_the_same_bytes(tiny_klein: Path, tmp_path: Path) -> None:
-    whole = contents(prepared(tiny_klein, tmp_path / "whole").folder)
-    draw = random.Random(0)
-    resumed = set()
-    for attempt in range(6):
-        cache = tmp_path / str(attempt)
-        victim = forked(lambda cache=cache: prepared(tiny_klein, cache, on_block=lambda: time.sleep(0.03)))  # type: ignore[misc]
-        time.sleep(draw.uniform(0.01, 0.2))
-        victim.kill()
-        victim.join(20)
-        missing: list[int] = []
-        made = prepared(tiny_klein, cache, on_start=missing.append)
-        resumed.update(missing)
-        assert contents(made.folder) == whole
-        assert list(made.verify()) == []
-        assert entries(cache) == [made.folder.name]
-    assert len(resumed) > 1  # it was killed at different points
 
 
 def test_a_torn_block_is_not_taken_over(tiny_klein: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,10 +156,6 @@ def test_a_torn_block_is_not_taken_over(tiny_klein: Path, tmp_path: Path, monkey
 
 
 # ---------------------------------------------------------------------------------------------- changed sources
-
-
-def weights_of(source: Path) -> Path:
-    return next((source / "transformer").glob("*.safetensors"))
 
 
 def test_a_touched_source_is_prepared_again_and_the_stale_entry_goes(source: Path, tmp_path: Path) -> None:
@@ -270,7 +212,7 @@ def test_a_layout_of_another_release_is_refused(
 ) -> None:
     """Equal sizes, another order: only the names tell."""
     made = prepared(tiny_klein, tmp_path)
-    monkeypatch.setattr(stores, "layout_digest", lambda layouts: "other")
+    monkeypatch.setattr(store, "layout_digest", lambda layouts: "other")
     with pytest.raises(CheckpointBroken, match="another release of diffusers"):
         latents(tiny_klein, tmp_path, "int8")
     assert made.folder.exists()
@@ -296,7 +238,7 @@ def test_a_cache_that_cannot_be_written_says_so(tiny_klein: Path, tmp_path: Path
 def test_without_its_library_a_format_is_refused(
     tiny_klein: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(stores.LIBRARIES, "nf4", "no-such-library")
+    monkeypatch.setitem(store.LIBRARIES, "nf4", "no-such-library")
     with pytest.raises(UsageError, match="no-such-library is not installed"):
         entry_of(tiny_klein, "transformer", "nf4", "fp32")
 
