@@ -174,9 +174,8 @@ def _beats(one: str, other: str) -> bool:
     mine, its = FORMATS[one], FORMATS[other]
     return (
         mine.weight_error < its.weight_error
-        and mine.linear_bytes_per_weight <= SAME_BYTES * its.linear_bytes_per_weight
-        and mine.other_bytes_per_weight <= its.other_bytes_per_weight
-        and mine.transient_per_weight_bytes <= its.transient_per_weight_bytes
+        and mine.bytes_per_weight <= SAME_BYTES * its.bytes_per_weight
+        and mine.scratch_bytes_per_weight <= its.scratch_bytes_per_weight
     )
 
 

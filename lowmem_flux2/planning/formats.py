@@ -89,6 +89,13 @@ class WeightFormat:
     def is_quantized(self) -> bool:
         return self.storage is not None
 
+    @property
+    def bytes_per_weight(self) -> float:
+        """Of a large square Linear in a 16-bit compute dtype, scales included."""
+        side = 6144
+        held = (side * side * self._plain_size(2),) if self.storage is None else self.storage(side, side, 2)
+        return sum(held) / side**2
+
     def block_bytes(self, block: BlockSpec, dtype_bytes: int = 2) -> int:
         """Bytes of one block's span: each tensor rounded up to ``ALIGNMENT_BYTES``, the span to ``SECTOR_BYTES``.
 
