@@ -12,6 +12,7 @@ from typing import Any
 from gpu.case import Case
 from gpu.running import Bench, carry_out
 from lowmem_flux2.planning.plan import Plan
+from lowmem_flux2.planning.selection import Selection, compute_dtype
 from lowmem_flux2.units import GIB, MIB
 
 STEPS = {"dev": 3, "klein-9b": 4, "klein-4b": 4}
@@ -22,18 +23,19 @@ ORDER = (
     *(("klein-4b", 12), ("klein-9b", 24), ("klein-4b", 16), ("klein-4b", 24)),
 )
 """Model and cap in GiB, in the format that the planner takes for this card."""
-FIXED = (("dev", 12, "int8"), ("dev", 6, "int8"), ("klein-9b", 8, "int8"))
-"""A fast card is given small formats, since larger ones would keep it waiting: the case of a slower one beside it."""
+FIXED = (("dev", 12, "nf4"), ("klein-9b", 8, ""), ("dev", 16, ""))
+"""Formats ("" is unquantized) that the planner would not take there: what a faster link or a slower card would get."""
 TINY_CAPS_BYTES = (2 * GIB, 64 * MIB)
 
 
 def cases(bench: Bench) -> list[Case]:
     """On a CPU the cap is one of RAM."""
+    plain = compute_dtype(Selection(), bench.machine.hardware)
     if bench.tiny:
         asked = [(name, cap, "auto") for cap in TINY_CAPS_BYTES for name in STEPS]
     else:
         asked = [(name, gib * GIB, "auto") for name, gib in ORDER]
-        asked[7:7] = [(name, gib * GIB, form) for name, gib, form in FIXED]
+        asked[7:7] = [(name, gib * GIB, form or plain) for name, gib, form in FIXED]
     return [
         Case(
             f"{name}-{cap / GIB:g}gib" + ("" if form == "auto" else f"-{form}"),

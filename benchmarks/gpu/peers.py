@@ -30,6 +30,8 @@ STEPS = 6
 """The first step of group offload with streams is synchronous and the second the first that prefetches."""
 UNSTEADY_STEPS = 2
 DEV_FORMAT = "int8"
+PLANNED_STEPS = 28
+"""Ours is planned for a long generation: peers pin everything whatever that takes, and steps are what is compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +184,7 @@ def _ours(name: str, peer: str, bench: Bench) -> dict[str, Any]:
     if bench.machine.hardware.device == "cuda":
         cap = cap or theirs["peak_reserved_bytes"] + bench.machine.hardware.context_bytes
         selected["max_vram_bytes"] = cap
-    plan = bench.plan(model, request, **selected)
+    plan = bench.plan(model, bench.request(model, PLANNED_STEPS), **selected)
     embeds = bench.embeds(model, plan) if name == "dev" else None
     result: Wanted = "pictures" if embeds is None else "packed_latents"
     run = carry_out(bench, model, plan, request, embeds=embeds, result=result)

@@ -184,7 +184,6 @@ def _figures(
     for measured in outcome.measures:
         name: Any = measured.stage
         planned, transfers = plan.stage(name), meters.transfers(measured.stage)
-        cost = planned.cost
         stages.append(
             {
                 "stage": name,
@@ -193,21 +192,24 @@ def _figures(
                 "slots": planned.slots,
                 "chunk_tokens": planned.chunk_tokens,
                 "tile_px": planned.tile_px,
-                "predicted": asdict(cost)
-                | {"peak_vram_bytes": cost.peak_vram_bytes, "peak_ram_bytes": cost.peak_ram_bytes},
+                "predicted": asdict(planned.cost)
+                | {
+                    "peak_vram_bytes": planned.cost.peak_vram_bytes,
+                    "peak_ram_bytes": planned.cost.peak_ram_bytes,
+                },
                 "measured": asdict(measured),
                 "transfers": transfers and asdict(transfers) | {"bytes_per_s": transfers.bytes_per_s},
             }
         )
     steps = _step_seconds(outcome, watch)
-    rounds = plan.workload.steps * -(-plan.workload.num_images // plan.stage("denoise").batch_size)
+    cost = plan.stage("denoise").cost
     return {
         "steps": request.num_inference_steps,
         "step_s": steps,
         "step_median_s": statistics.median(steps[1:] or steps),
         "planned_steps": plan.workload.steps,
-        "predicted_step_s": plan.stage("denoise").cost.run_s / rounds,
-        "predicted_step_waiting_s": plan.stage("denoise").cost.waiting_s / rounds,
+        "predicted_step_s": cost.run_s / cost.rounds,
+        "predicted_step_waiting_s": cost.waiting_s / cost.rounds,
         "peak_vram_bytes": max(measured.peak_vram_bytes for measured in outcome.measures),
         "predicted_peak_vram_bytes": max(plan.stage(stage["stage"]).cost.peak_vram_bytes for stage in stages),
         "stages": stages,
