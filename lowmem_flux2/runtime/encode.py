@@ -97,17 +97,18 @@ class TextEncoder:
         warn: Callable[[str], None],
         weights: Weights,
         passes: int = 1,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self._model = model
         self._device = device
         self._dtype = DTYPES[stage.compute_dtype]
         self._warn = warn
-        self._tokenizer = _tokenizer(folder / "tokenizer")
+        self._tokenizer = _tokenizer(folder / "tokenizer") if tokenizer is None else tokenizer
         self._decoder = text_decoder_on_meta(folder / "text_encoder", model)
-        self._decoder.rotary_emb.to(device)
         with ExitStack() as undo:
             self._files = weights.open("text_encoder")
             undo.callback(self._files.close)
+            self._decoder.rotary_emb.to(device)
             self._root = text_decoder_root(self._files)
             if model.text_encoder.num_layers == model.text_encoder.layers_used:
                 # transformers overwrites the last hidden state with the normed one: here the norm is part of the tap.

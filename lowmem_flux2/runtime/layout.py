@@ -83,7 +83,13 @@ def bind(module: nn.Module, layout: Layout, span: torch.Tensor) -> None:
 
 def unbind(module: nn.Module) -> None:
     """Put a module back on the meta device, so that nothing keeps its span alive."""
-    module.to("meta")
+    for owner in module.modules():
+        for leaf, parameter in owner._parameters.items():
+            if parameter is not None:
+                owner._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        for leaf, buffer in owner._buffers.items():
+            if buffer is not None:
+                owner._buffers[leaf] = torch.empty_like(buffer, device="meta")
 
 
 class BlockSource(Protocol):

@@ -1,0 +1,231 @@
+"""What a plan's stages hold at their peak, found by running them on fake tensors: the full-size modules of diffusers and
+transformers in the executor's own stage classes, without weights, time or a GPU.
+
+Simulated bytes are live tensors, each rounded as the allocator rounds it. The allocator's fragmentation, library
+workspaces and the CUDA context are not in them: those are the plan's margin and context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lowmem_flux2.planning.models import ModelSpec
+from lowmem_flux2.planning.plan import Plan, Stage, StagePlan
+from lowmem_flux2.planning.workload import Request, Workload
+from lowmem_flux2.runtime.alike import Cut, cut_text_encoder, cut_transformer
+from lowmem_flux2.runtime.decode import Decoder
+from lowmem_flux2.runtime.denoise import Denoiser, Progress
+from lowmem_flux2.runtime.device import DTYPES
+from lowmem_flux2.runtime.encode import TextEncoder
+from lowmem_flux2.runtime.fakes import FAKE_GPU, FakeKernels, FakeWeights
+from lowmem_flux2.runtime.live import LiveBytes
+
+STEPS_RUN = 2
+"""The first step starts from noise, the second from what the first left, as all that follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedStage:
+    """Peak live bytes of one stage.
+
+    Attributes:
+        resident_bytes: weights that stay on the device: resident blocks and what lies outside blocks.
+        slot_bytes: device buffers of streamed blocks.
+        activation_bytes: what the device's peak holds besides; on ``device=cpu`` with the stage's inputs and results.
+        host_bytes: the host's peak, arenas, ring, inputs and results; 0 on ``device=cpu``, where there is one memory.
+    """
+
+    stage: Stage
+    resident_bytes: int
+    slot_bytes: int
+    activation_bytes: int
+    host_bytes: int
+
+    @property
+    def device_bytes(self) -> int:
+        return self.resident_bytes + self.slot_bytes + self.activation_bytes
+
+
+def simulate_plan(plan: Plan, model: ModelSpec, folder: Path, *, every_block: bool = False) -> list[SimulatedStage]:
+    """Simulate each stage of a plan.
+
+    Args:
+        folder: holds the model's config files; its weights are not read.
+        every_block: run all blocks and layers, not only those that differ.
+    """
+    on_host = plan.hardware.device == "cpu"
+    return [
+        simulate_stage(stage, plan.workload, model, folder, on_host=on_host, every_block=every_block)
+        for stage in plan.stages
+    ]
+
+
+def simulate_stage(
+    stage: StagePlan,
+    workload: Workload,
+    model: ModelSpec,
+    folder: Path,
+    *,
+    on_host: bool = False,
+    every_block: bool = False,
+) -> SimulatedStage:
+    """Simulate one stage; arguments as those of ``simulate_plan``."""
+    with TemporaryDirectory() as made:
+        cut = None
+        if not every_block and stage.stage == "denoise":
+            cut = cut_transformer(folder, model, stage, Path(made))
+        elif not every_block and stage.stage == "encode":
+            cut = cut_text_encoder(folder, model, stage, Path(made))
+        cut = cut or Cut(folder, model, stage, ())
+        run = _Run(cut, workload, on_host)
+        with closing(run.weights):
+            {"encode": run.encode, "denoise": run.denoise, "decode": run.decode}[stage.stage]()
+            return run.simulated(stage.stage)
+
+
+class _Run:
+    """One stage under way in the fake world."""
+
+    def __init__(self, cut: Cut, workload: Workload, on_host: bool) -> None:
+        self._cut = cut
+        self._workload = workload
+        self._device = torch.device("cpu") if on_host else FAKE_GPU
+        self._dtype = DTYPES[cut.stage.compute_dtype]
+        self._live = LiveBytes()
+        self._loaded_bytes = 0
+        hidden = cut.model.text_encoder.hidden_size
+        self.weights = FakeWeights(cut.folder, hidden, self._live, FakeKernels(cuda=not on_host), cut.repeats)
+
+    def simulated(self, stage: Stage) -> SimulatedStage:
+        """Read the meters, while the modes are still on."""
+        device, slots = self._device.type, self.weights.slot_bytes
+        resident = self._loaded_bytes - slots
+        peak = max(self._live.peak_bytes[device], self.weights.once_bytes)
+        host = 0 if device == "cpu" else self._live.peak_bytes["cpu"]
+        return SimulatedStage(stage, resident, slots, peak - resident - slots, host)
+
+    def _loaded(self) -> None:
+        self._loaded_bytes = self._live.span_bytes[self._device.type]
+
+    # ------------------------------------------------------------------------------------------------ stages
+
+    def encode(self) -> None:
+        stage, work = self._cut.stage, self._workload
+        batches = _batches(work.num_prompts, stage.batch_size)
+        tokenizer = cast(PreTrainedTokenizerBase, _Tokenizer())
+        arguments = (self._cut.folder, self._cut.model, stage, self._device, _quiet, self.weights)
+        results: list[list[torch.Tensor]] = []
+        with closing(TextEncoder(*arguments, passes=len(batches), tokenizer=tokenizer)) as encoder:
+            self._loaded()
+            for number, size in enumerate(batches):
+                if 0 < number < len(batches) - 1:
+                    results.append([torch.empty_like(group) for group in results[0]])
+                else:
+                    groups = [("prompt",) * size] * work.guidance_passes
+                    results.append(encoder.encode(groups, work.text_tokens))
+        for group in range(work.guidance_passes):
+            torch.cat([made[group] for made in results])
+
+    def denoise(self) -> None:
+        stage, work, model = self._cut.stage, self._workload, self._cut.model
+        channels, multiple = model.transformer.in_channels, model.size_multiple
+        request = _request(work)
+        denoiser = _Denoiser(self._cut.folder, model, stage, request, self._device, _quiet, self.weights)
+        denoiser.reference_tokens = work.reference_tokens
+        with closing(denoiser):
+            shape = (work.num_images, channels, work.height // multiple, work.width // multiple)
+            noise = torch.empty(shape, dtype=self._dtype)
+            embeds = [
+                torch.empty(work.num_images, work.text_tokens, model.transformer.joint_dim, dtype=self._dtype)
+                for _ in range(work.guidance_passes)
+            ]
+            denoiser.denoise(noise, embeds[0], embeds[1] if len(embeds) > 1 else None, on_loaded=self._loaded)
+
+    def decode(self) -> None:
+        work, model = self._workload, self._cut.model
+        multiple = model.size_multiple
+        height, width = work.height // multiple, work.width // multiple
+        with closing(Decoder(self._cut.folder, model, self._cut.stage, self._device, self.weights)) as decoder:
+            self._loaded()
+            packed = torch.empty(work.num_images, height * width, model.transformer.in_channels, dtype=self._dtype)
+            latents = decoder.unpack(packed, height, width)
+            kept = latents.to("cpu")
+            pictures = [decoder.decode(latents[:1])]
+            pictures += [torch.empty_like(pictures[0]) for _ in range(work.num_images - 1)]
+        torch.cat(pictures)
+        del kept
+
+
+class _Denoiser(Denoiser):
+    """The executor's, with two steps of the first and the last batch for all of them.
+
+    Reference tokens are joined to the image's at each step, as Flux2Pipeline does with their packed latents and ids.
+    """
+
+    reference_tokens = 0
+
+    def _run(self, noise: torch.Tensor, progress: Progress, timesteps: Any, sigmas: Any, steps: Any, *rest: Any) -> Any:
+        done, batches = len(progress.finished), len(_batches(self._request.num_images, self._stage.batch_size))
+        if 0 < done < batches - 1:
+            return torch.empty_like(progress.finished[0])
+        return super()._run(noise, progress, timesteps, sigmas, steps[:STEPS_RUN], *rest)
+
+    def _pass(self, text: torch.Tensor, image_ids: torch.Tensor) -> Any:
+        if self.reference_tokens:
+            batch, _, axes = image_ids.shape
+            ids = torch.empty(batch, self.reference_tokens, axes, dtype=image_ids.dtype, device=self._device)
+            image_ids = torch.cat([image_ids, ids], dim=1)
+        return super()._pass(text, image_ids)
+
+    def _predict(self, latents: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if not self.reference_tokens:
+            return super()._predict(latents, *rest)
+        batch, tokens, channels = latents.shape
+        if len(self._references) != batch:
+            shape = (batch, self.reference_tokens, channels)
+            self._references = torch.empty(shape, dtype=self._dtype, device=self._device)
+        joined = torch.cat([latents, self._references], dim=1)
+        return super()._predict(joined, *rest)[:, :tokens]
+
+    _references = torch.empty(0)
+
+
+class _Tokenizer:
+    """Chat templates and tokens of any prompt, padded: which tokens they are changes no shape."""
+
+    def apply_chat_template(self, conversation: Sequence[Any], tokenize: bool, **wanted: Any) -> Any:
+        return self(conversation, **wanted) if tokenize else ""
+
+    def __call__(self, texts: Sequence[Any], max_length: int = 1, **wanted: Any) -> dict[str, torch.Tensor]:
+        ids = torch.zeros(len(texts), max_length, dtype=torch.int64)
+        return {"input_ids": ids, "attention_mask": torch.zeros_like(ids)}
+
+
+def _request(work: Workload) -> Request:
+    """A request of this size; what its prompts say plays no part."""
+    return Request(
+        prompts=("prompt",) * work.num_prompts,
+        negative_prompt=None,
+        width=work.width,
+        height=work.height,
+        num_inference_steps=work.steps,
+        guidance_scale=1.0,
+        num_images_per_prompt=work.num_images // work.num_prompts,
+        max_sequence_length=work.text_tokens,
+    )
+
+
+def _batches(total: int, size: int) -> list[int]:
+    return [min(size, total - at) for at in range(0, total, size)]
+
+
+def _quiet(text: str) -> None:
+    return
