@@ -7,6 +7,7 @@ workspaces and the CUDA context are not in them: those are the plan's margin and
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Plan, Stage, StagePlan
+from lowmem_flux2.planning.tiles import tile_starts
 from lowmem_flux2.planning.workload import Request, Workload
 from lowmem_flux2.runtime.alike import Cut, cut_text_encoder, cut_transformer
 from lowmem_flux2.runtime.decode import Decoder
@@ -59,7 +61,7 @@ def simulate_plan(plan: Plan, model: ModelSpec, folder: Path, *, every_block: bo
 
     Args:
         folder: holds the model's config files; its weights are not read.
-        every_block: run all blocks and layers, not only those that differ.
+        every_block: run all blocks, layers and tiles, not only those that differ.
     """
     on_host = plan.hardware.device == "cpu"
     return [
@@ -85,7 +87,7 @@ def simulate_stage(
         elif not every_block and stage.stage == "encode":
             cut = cut_text_encoder(folder, model, stage, Path(made))
         cut = cut or Cut(folder, model, stage, ())
-        run = _Run(cut, workload, on_host)
+        run = _Run(cut, workload, on_host, alike=not every_block)
         with closing(run.weights):
             {"encode": run.encode, "denoise": run.denoise, "decode": run.decode}[stage.stage]()
             return run.simulated(stage.stage)
@@ -94,8 +96,9 @@ def simulate_stage(
 class _Run:
     """One stage under way in the fake world."""
 
-    def __init__(self, cut: Cut, workload: Workload, on_host: bool) -> None:
+    def __init__(self, cut: Cut, workload: Workload, on_host: bool, alike: bool) -> None:
         self._cut = cut
+        self._alike = alike
         self._workload = workload
         self._device = torch.device("cpu") if on_host else FAKE_GPU
         self._dtype = DTYPES[cut.stage.compute_dtype]
@@ -142,7 +145,7 @@ class _Run:
         denoiser.reference_tokens = work.reference_tokens
         with closing(denoiser):
             shape = (work.num_images, channels, work.height // multiple, work.width // multiple)
-            noise = torch.empty(shape, dtype=self._dtype)
+            noise = torch.zeros(shape, dtype=self._dtype)
             embeds = [
                 torch.empty(work.num_images, work.text_tokens, model.transformer.joint_dim, dtype=self._dtype)
                 for _ in range(work.guidance_passes)
@@ -153,13 +156,17 @@ class _Run:
         work, model = self._workload, self._cut.model
         multiple = model.size_multiple
         height, width = work.height // multiple, work.width // multiple
-        with closing(Decoder(self._cut.folder, model, self._cut.stage, self._device, self.weights)) as decoder:
+        with closing(_Decoder(self._cut.folder, model, self._cut.stage, self._device, self.weights)) as decoder:
             self._loaded()
+            if self._alike and self._cut.stage.tile_px:
+                decoder.stand_for_tiles(work, self._cut.stage.tile_px)
             packed = torch.empty(work.num_images, height * width, model.transformer.in_channels, dtype=self._dtype)
             latents = decoder.unpack(packed, height, width)
             kept = latents.to("cpu")
             pictures = [decoder.decode(latents[:1])]
-            pictures += [torch.empty_like(pictures[0]) for _ in range(work.num_images - 1)]
+            pictures += [torch.empty_like(pictures[0]) for _ in range(work.num_images - 2)]
+            if work.num_images > 1:
+                pictures.append(decoder.decode(latents[:1]))
         torch.cat(pictures)
         del kept
 
@@ -196,6 +203,33 @@ class _Denoiser(Denoiser):
         return super()._predict(joined, *rest)[:, :tokens]
 
     _references = torch.empty(0)
+
+
+class _Decoder(Decoder):
+    """The executor's, which may run only the first and the last tile of each size."""
+
+    def stand_for_tiles(self, work: Workload, tile_px: int) -> None:
+        """Not blending either: it writes into tiles that are there, a row at a time.
+
+        The last tile of a size meets the most finished ones, so the peak is the same.
+        """
+        vae = self._vae
+        vae.blend_v = vae.blend_h = lambda above, tile, extent: tile
+        down, across = (tile_starts(side, tile_px) for side in (work.height, work.width))
+        totals = Counter((height, width) for _, height in down for _, width in across)
+        seen: Counter[tuple[int, int]] = Counter()
+        run, made = vae.decoder.forward, {}
+
+        def forward(latents: torch.Tensor) -> torch.Tensor:
+            size = (latents.shape[-2], latents.shape[-1])
+            seen[size] += 1
+            if 1 < seen[size] < totals[size]:
+                return latents.new_empty(made[size])
+            picture: torch.Tensor = run(latents)
+            made[size], seen[size] = picture.shape, seen[size] % totals[size]
+            return picture
+
+        vae.decoder.forward = forward
 
 
 class _Tokenizer:
