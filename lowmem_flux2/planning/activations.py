@@ -1,55 +1,93 @@
-"""Peak live activations of each stage, in closed form, from where the live tensors peak in the libraries' forwards.
+"""Peak live activations of each stage, in closed form: which tensors live at which moment of the libraries' forwards.
 
-Each function names the tensors it counts. Checked (tests) within 3 % against what library-facts measured with fake
-tensors: dev 402 and 1165 MiB at 512 and 1024 px, the cut Mistral 127 MiB, the VAE's decoder 1538 and, tiled, 390 MiB.
+A formula is the largest of a few *moments*, each the sum of the tensors that live then. ``runtime.simulate`` finds the
+same peaks by running the modules on fake tensors; both agree within 3 % (tests, ``benchmarks/cost_accuracy.py``).
+Neither has the allocator's rounding to 512 bytes in common with a margin: that is ``cost.margin_bytes``.
+
+Sizes below are elements of the compute dtype unless they say bytes. A quantized Linear holds its weight W expanded
+while it runs, and ``scratch`` bytes a weight besides while expanding it, before its output exists.
 """
 
 from __future__ import annotations
 
-from lowmem_flux2.planning.batches import waiting_bytes
+from dataclasses import dataclass
+
+from lowmem_flux2.planning.formats import WeightFormat
 from lowmem_flux2.planning.models import ModelSpec, VaeSpec
+from lowmem_flux2.planning.tiles import tile_starts
 from lowmem_flux2.planning.workload import Workload
 
 FP32_BYTES = 4
+INT64_BYTES = 8
 MODULATION_WIDTHS = 16
 """Hidden sizes kept per step: the embedding, 2 x 6 modulations of a double-stream block, 3 of a single-stream block."""
 
 
-def denoise_activation_bytes(model: ModelSpec, workload: Workload, batch: int, dtype_bytes: int, chunk: int) -> int:
-    """Peak live activations of one transformer pass over ``batch`` images, text and timestep conditioning included.
+@dataclass(frozen=True, slots=True)
+class Expansion:
+    """Bytes that one weight of a Linear takes while it runs, and at most while it is expanded; 0 where it is not."""
 
-    Tokens S, hidden size h, MLP width m. The peak is the concatenation in a single-stream block
-    (Flux2ParallelSelfAttnProcessor): block input h, modulated norm h, the fused projection 3h + 2m (its views keep it
-    whole), rotated query and key 2h, attention output h, gated MLP m, the concatenation h + m: (9h + 4m) S.
+    expanded: float
+    expanding: float
 
-    In chunks the fused projection lives for one chunk of C tokens, and the peak is either the rotation of the key
-    (apply_rotary_emb): block input, norm, query, key, value, the rotated halves, all h, and three fp32 temporaries of
-    h: 12h S in 16 bits; or, after attention, one chunk's MLP: input, norm, query, key, value, attention and block
-    output 7h S and C (h + 4m). The double-stream block peaks in the image stream's feed-forward, below either.
+    @staticmethod
+    def of(fmt: WeightFormat, dtype_bytes: int) -> Expansion:
+        if not fmt.is_quantized:
+            return Expansion(0, 0)
+        return Expansion(dtype_bytes, dtype_bytes + fmt.transient_per_weight_bytes - 2)
 
-    Constant beside it: the text input and its projection, two RoPE tables, latents and prediction. A second guidance
-    pass keeps one more hidden state and its text.
+    def linear_bytes(self, held: float, weights: int, output: float) -> float:
+        """The peak of one Linear: ``held`` bytes live throughout, its input among them, ``output`` bytes are made."""
+        return held + max(weights * self.expanding, weights * self.expanded + output)
+
+
+def denoise_activation_bytes(
+    model: ModelSpec, workload: Workload, batch: int, dtype_bytes: int, chunk: int, fmt: WeightFormat
+) -> int:
+    """Peak of one step over ``batch`` images, from the once computed conditioning to the prediction.
+
+    With S tokens of the joint sequence, hidden size h and MLP width m, a single-stream block
+    (Flux2ParallelSelfAttnProcessor) holds its input and the modulated norm, 2h S, and then
+
+    - projects: the fused projection (3h + 2m) S, of h (3h + 2m) weights. Its views keep it whole to the end;
+    - rotates the key (apply_rotary_emb): beside it the rotated query and the normed key 2h S, the key's halves turned,
+      h S, and three fp32 products, of which one is a mere view of the key where that is fp32 already;
+    - concatenates: the rotated query and key 2h S, the attention's result h S, the gated MLP m S and both side by side,
+      (h + m) S, of which the output projection, with h (h + m) weights, makes h S again, the first two being gone.
+
+    The last is the largest, (9h + 4m) S, where weights are not expanded. A double-stream block stays below.
+
+    Besides: what the loop keeps (``_kept_bytes``).
     """
     dims = model.transformer
-    hidden, mlp = dims.hidden_size, dims.mlp_size
+    h, m, b = dims.hidden_size, dims.mlp_size, dtype_bytes
     tokens = batch * workload.sequence_tokens
-    image = batch * (workload.image_tokens + workload.reference_tokens)
-    text = batch * workload.text_tokens
-    # Both streams' input, norm and attention output, the image stream's norm and gated feed-forward (input, two halves,
-    # product).
-    double = (tokens * 4 * hidden + image * (2 * hidden + 4 * mlp)) * dtype_bytes
-    if chunk and chunk < workload.sequence_tokens:
-        rotation = tokens * hidden * (6 * dtype_bytes + 3 * FP32_BYTES)
-        finishing = (tokens * 7 * hidden + batch * chunk * (hidden + 4 * mlp)) * dtype_bytes
-        peak = max(rotation, finishing)
-    else:
-        peak = max(tokens * (9 * hidden + 4 * mlp) * dtype_bytes, double)
-    constant = text * (dims.joint_dim + hidden) + 4 * image * dims.in_channels
-    waiting = (workload.guidance_passes - 1) * (tokens * hidden + text * dims.joint_dim)
-    rope = 2 * workload.sequence_tokens * dims.head_dim * FP32_BYTES
-    fp32_latents = 2 * image * dims.in_channels * FP32_BYTES
-    conditioning = conditioning_bytes(model, workload, dtype_bytes) - text * hidden * dtype_bytes
-    return peak + (constant + waiting) * dtype_bytes + rope + fp32_latents + max(conditioning, 0)
+    expansion = Expansion.of(fmt, dtype_bytes)
+    row = tokens * b  # bytes of one element of every token
+    rotation_fp32 = 3 * FP32_BYTES if b < FP32_BYTES else 2 * FP32_BYTES
+    peak = max(
+        expansion.linear_bytes(2 * h * row, h * (3 * h + 2 * m), (3 * h + 2 * m) * row),
+        (8 * h + 2 * m) * row + h * tokens * rotation_fp32,
+        (9 * h + 4 * m) * row,
+        expansion.linear_bytes((8 * h + 3 * m) * row + m * row, h * (h + m), h * row),
+    )
+    return round(peak) + _kept_bytes(model, workload, batch, dtype_bytes)
+
+
+def _kept_bytes(model: ModelSpec, workload: Workload, batch: int, dtype_bytes: int) -> int:
+    """What lives through all blocks of a step besides theirs.
+
+    The conditioning of the run; latents and the last step's prediction; with references their latents, joined to the
+    image's, and a prediction for them too; for each guidance pass two RoPE tables in fp32, of one image's tokens; and
+    the hidden state of a pass that waits while the other one is computed.
+    """
+    dims = model.transformer
+    image, references = batch * workload.image_tokens, batch * workload.reference_tokens
+    latents = 2 * image + (3 * references + image if references else 0)
+    waiting = (workload.guidance_passes - 1) * batch * workload.sequence_tokens * dims.hidden_size
+    rope = workload.guidance_passes * 2 * workload.sequence_tokens * dims.head_dim * FP32_BYTES
+    kept = (latents * dims.in_channels + waiting) * dtype_bytes + rope
+    return kept + conditioning_bytes(model, workload, dtype_bytes)
 
 
 def conditioning_bytes(model: ModelSpec, workload: Workload, dtype_bytes: int) -> int:
@@ -59,22 +97,46 @@ def conditioning_bytes(model: ModelSpec, workload: Workload, dtype_bytes: int) -
     return (texts + modulations) * model.transformer.hidden_size * dtype_bytes
 
 
-def encode_activation_bytes(
-    model: ModelSpec, workload: Workload, prompts: int, dtype_bytes: int, batches: int = 1
-) -> int:
-    """Peak live activations of one pass of ``batches`` batches of ``prompts`` over the text encoder's used layers.
+def conditioning_peak_bytes(model: ModelSpec, workload: Workload, batch: int, dtype_bytes: int) -> int:
+    """Peak before any block is loaded, the embedders' weights apart: the last batch's text is projected, one pass."""
+    text = batch * workload.text_tokens * model.transformer.joint_dim
+    return conditioning_bytes(model, workload, dtype_bytes) + text * dtype_bytes
 
-    In the MLP of a layer act(gate), up and their product live together (3 x intermediate), with the layer's input, the
-    residual and the norm (3 x hidden), the tapped states on their way to the host, and the additive mask (tokens^2).
-    The other batches of the pass wait meanwhile.
+
+def encode_activation_bytes(
+    model: ModelSpec, workload: Workload, prompts: int, dtype_bytes: int, fmt: WeightFormat
+) -> int:
+    """Peak of one pass of ``prompts`` over the text encoder's used layers.
+
+    With t tokens, hidden size h and intermediate size I, the last layers hold the states tapped so far and the layer's
+    input; the MLP its residual and norm besides, and then gate, up and their product, 3I t. Its three Linears have h I
+    weights each: up runs beside the gate, down beside the product.
+
+    Query heads are q wide, key and value heads k. Attention holds the input, its norm, query, key and value, rotated,
+    key and value repeated to all heads, its result, and the mask, boolean and additive.
+
+    At the end the tapped states are stacked, and laid side by side. The last group of prompts is the one to peak: the
+    negative prompts of true guidance go through each layer after the prompts, whose taps are all there then.
     """
     dims = model.text_encoder
-    tokens = prompts * workload.text_tokens
-    per_token = 3 * dims.intermediate_size + (3 + len(dims.out_layers)) * dims.hidden_size
-    peak = tokens * max(per_token, 3 * dims.joint_dim)
+    h, i, b = dims.hidden_size, dims.intermediate_size, dtype_bytes
+    taps, passes = len(dims.out_layers), workload.guidance_passes
+    q, kv = dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
+    row = prompts * workload.text_tokens * b
+    expansion = Expansion.of(fmt, dtype_bytes)
+    # A last tap behind the final norm is a state of its own beside the hidden one.
+    waiting = (passes - 1) * (taps + (dims.layers_used == dims.num_layers)) * h * row
+    held = waiting + (taps + 2) * h * row  # taps but the last, input, residual, norm
     mask = prompts * workload.text_tokens**2
-    waiting = (batches - 1) * waiting_bytes(dims, prompts, workload.text_tokens, dtype_bytes)
-    return (peak + mask) * dtype_bytes + waiting
+    peak = max(
+        held + 3 * i * row,
+        expansion.linear_bytes(held + i * row, h * i, i * row),
+        expansion.linear_bytes(held + i * row, h * i, h * row),
+        held - h * row + (4 * q + 2 * kv) * row + mask * b,
+        waiting + 3 * taps * h * row,
+    )
+    tables = passes * workload.text_tokens * (2 * dims.head_dim * b + INT64_BYTES)
+    return round(peak) + tables + passes * mask
 
 
 def decoder_channels(vae: VaeSpec) -> tuple[int, ...]:
@@ -82,20 +144,49 @@ def decoder_channels(vae: VaeSpec) -> tuple[int, ...]:
     return tuple(reversed(vae.decoder_block_out_channels or vae.block_out_channels))
 
 
-def decode_activation_bytes(vae: VaeSpec, width: int, height: int, tile_px: int, dtype_bytes: int) -> int:
-    """Peak live activations of decoding one image.
+def _decoder_elements(vae: VaeSpec, width: int, height: int) -> int:
+    """Peak elements of decoding one tile, or picture, of ``width x height`` pixels.
 
-    In each up-block's first resnet the input, its norm and its non-linearity live together: 3 x channels_in x pixels at
-    that level; the widest is the last block (256 channels at full resolution: 1536 of the 1538 MiB at 1024 px).
-    Tiled, one tile's peak and every finished tile (3 channels) until they are stitched, twice.
+    In an up-block's first resnet its input, its norm and its non-linearity live together, 3 x channels in; where
+    channels change, at its end the input, its projection, the branch, their sum and the scaled sum. The widest is the
+    last block (256 channels at full resolution: 1536 of the 1539 MiB at 1024 px). In its upsampler the interpolated
+    picture and the convolved one, four times larger, beside the small one. And the latents after post_quant_conv.
     """
-    tile_w, tile_h = (min(width, tile_px), min(height, tile_px)) if tile_px else (width, height)
     channels = decoder_channels(vae)
     peak = 0
-    for level in range(len(channels)):
+    for level, channels_out in enumerate(channels):
         channels_in = channels[max(level - 1, 0)]
         shrink = 2 ** (len(channels) - 1 - level)
-        peak = max(peak, 3 * channels_in * (tile_w // shrink) * (tile_h // shrink))
-    picture = vae.out_channels * width * height
-    latents = 2 * vae.latent_channels * (width // vae.spatial_factor) * (height // vae.spatial_factor)
-    return (peak + picture * (2 if tile_px else 1) + latents) * dtype_bytes
+        pixels = (width // shrink) * (height // shrink)
+        resnet = max(3 * channels_in, channels_in + 4 * channels_out, 4 * channels_out)
+        upsampler = 9 * channels_out if level < len(channels) - 1 else 0
+        peak = max(peak, pixels * max(resnet, upsampler))
+    return peak + vae.latent_channels * (width // vae.spatial_factor) * (height // vae.spatial_factor)
+
+
+def decode_activation_bytes(
+    vae: VaeSpec, width: int, height: int, images: int, tile_px: int, dtype_bytes: int
+) -> int:
+    """Peak of decoding ``images`` pictures one after another.
+
+    All latents are unpacked first: packed, scaled, and unpatchified copies live together. Then they lie there.
+
+    Tiled, every finished tile (3 channels) is kept until the picture is stitched: the peak is the last tile of the
+    largest size, with all that came before it, or the stitching, where all tiles, the rows made of them and the picture
+    live together.
+    """
+    latents = images * vae.latent_channels * (width // vae.spatial_factor) * (height // vae.spatial_factor)
+    if not tile_px:
+        return max(_decoder_elements(vae, width, height) + latents, 3 * latents) * dtype_bytes
+    down, across = (
+        [length * vae.spatial_factor for _, length in tile_starts(side, tile_px)] for side in (height, width)
+    )
+    peak = 0
+    for tile_h in set(down):
+        row = len(down) - 1 - down[::-1].index(tile_h)
+        for tile_w in set(across):
+            column = len(across) - 1 - across[::-1].index(tile_w)
+            finished = sum(down[:row]) * sum(across) + tile_h * sum(across[:column])
+            peak = max(peak, _decoder_elements(vae, tile_w, tile_h) + vae.out_channels * finished)
+    stitching = vae.out_channels * (sum(down) * sum(across) + 2 * width * height)
+    return max(max(peak, stitching) + latents, 3 * latents) * dtype_bytes

@@ -297,6 +297,7 @@ class Denoiser:
         projected = net.x_embedder(latents.to(self._dtype))
         for one in passes:
             one.hidden, one.encoder_hidden = projected, one.text
+        del projected  # else it lives through the whole step
         doubles = len(net.transformer_blocks)
         for index, block in enumerate(streamer.round()):
             for one in passes:

@@ -64,7 +64,7 @@ class FakeKernels(TorchFunctionMode):
             return torch.empty(args[0].numel(), dtype=args[0].dtype), torch.empty_like(args[0])
         if self._cuda and func is functional.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
-        if self._cuda and func is torch.rms_norm:
+        if self._cuda and func in (functional.rms_norm, torch.rms_norm):
             return _rms_norm(args[0])
         return func(*args, **kwargs)
 

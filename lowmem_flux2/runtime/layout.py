@@ -129,5 +129,6 @@ def load_module(
             staging = torch.empty(place.shape, dtype=place.dtype)
             files.read_into(place.stored_name, staging)
             place.view(span).copy_(staging)
+            del staging  # before the next one is made
     bind(module, layout, span)
     return span
