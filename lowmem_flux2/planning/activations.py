@@ -11,7 +11,9 @@ while it runs, and ``scratch`` bytes a weight besides while expanding it, before
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from lowmem_flux2.planning.chunks import largest_chunk
 from lowmem_flux2.planning.formats import WeightFormat
 from lowmem_flux2.planning.models import ModelSpec, VaeSpec
 from lowmem_flux2.planning.tiles import tile_starts
@@ -44,10 +46,53 @@ class Expansion:
 def denoise_activation_bytes(
     model: ModelSpec, workload: Workload, batch: int, dtype_bytes: int, chunk: int, fmt: WeightFormat
 ) -> int:
-    """Peak of one step over ``batch`` images, from the once computed conditioning to the prediction.
+    """Peak of one step over ``batch`` images: the largest moment of a block, and what lives through all of them.
 
-    With S tokens of the joint sequence, hidden size h and MLP width m, a single-stream block
-    (Flux2ParallelSelfAttnProcessor) holds its input and the modulated norm, 2h S, and then
+    Args:
+        chunk: tokens of a chunk; 0 for whole sequences.
+    """
+    dims = model.transformer
+    expansion = Expansion.of(fmt, dtype_bytes)
+    sizes = _BlockSizes(
+        hidden=dims.hidden_size,
+        mlp=dims.mlp_size,
+        dtype_bytes=dtype_bytes,
+        joint=batch * workload.sequence_tokens,
+        image=batch * (workload.image_tokens + workload.reference_tokens),
+        text=batch * workload.text_tokens,
+    )
+    if chunk:
+        parts = (sizes.joint, sizes.image, sizes.text)
+        chunks = _Chunks(*(batch * largest_chunk(tokens // batch, chunk) for tokens in parts))
+        row_sums = FP32_BYTES * dims.num_heads * sizes.joint
+        peak = _chunked_block_bytes(sizes, chunks, row_sums, expansion)
+    else:
+        peak = _block_bytes(sizes, expansion)
+    return round(peak) + _kept_bytes(model, workload, batch, dtype_bytes)
+
+
+class _BlockSizes(NamedTuple):
+    """h, m, bytes of the compute dtype, and tokens of the joint sequence and of each stream, over the batch."""
+
+    hidden: int
+    mlp: int
+    dtype_bytes: int
+    joint: int
+    image: int
+    text: int
+
+
+class _Chunks(NamedTuple):
+    """Tokens of the largest chunk of the joint sequence and of each stream, over the batch."""
+
+    joint: int
+    image: int
+    text: int
+
+
+def _block_bytes(sizes: _BlockSizes, expansion: Expansion) -> float:
+    """Whole sequences. With S tokens, a single-stream block (Flux2ParallelSelfAttnProcessor) holds its input and the
+    modulated norm, 2h S, and then
 
     - projects: the fused projection (3h + 2m) S, of h (3h + 2m) weights. Its views keep it whole to the end;
     - rotates the key (apply_rotary_emb): beside it the rotated query and the normed key 2h S, the key's halves turned,
@@ -56,22 +101,47 @@ def denoise_activation_bytes(
       (h + m) S, of which the output projection, with h (h + m) weights, makes h S again, the first two being gone.
 
     The last is the largest, (9h + 4m) S, where weights are not expanded. A double-stream block stays below.
-
-    Besides: what the loop keeps (``_kept_bytes``).
     """
-    dims = model.transformer
-    h, m, b = dims.hidden_size, dims.mlp_size, dtype_bytes
-    tokens = batch * workload.sequence_tokens
-    expansion = Expansion.of(fmt, dtype_bytes)
-    row = tokens * b  # bytes of one element of every token
-    rotation_fp32 = 3 * FP32_BYTES if b < FP32_BYTES else 2 * FP32_BYTES
-    peak = max(
+    h, m = sizes.hidden, sizes.mlp
+    row = sizes.joint * sizes.dtype_bytes
+    fp32 = (3 if sizes.dtype_bytes < FP32_BYTES else 2) * FP32_BYTES
+    return max(
         expansion.linear_bytes(2 * h * row, h * (3 * h + 2 * m), (3 * h + 2 * m) * row),
-        (8 * h + 2 * m) * row + h * tokens * rotation_fp32,
+        (8 * h + 2 * m) * row + h * sizes.joint * fp32,
         (9 * h + 4 * m) * row,
-        expansion.linear_bytes((8 * h + 3 * m) * row + m * row, h * (h + m), h * row),
+        expansion.linear_bytes((8 * h + 4 * m) * row, h * (h + m), h * row),
     )
-    return round(peak) + _kept_bytes(model, workload, batch, dtype_bytes)
+
+
+def _chunked_block_bytes(sizes: _BlockSizes, chunks: _Chunks, row_sums: int, expansion: Expansion) -> float:
+    """Chunks, as ``runtime.chunking`` works them off. S joint tokens, I of the image stream, T of the text stream, and
+    C, D, E tokens of their largest chunks.
+
+    Both kinds of blocks hold inputs and norms, 2h S, and fill query, key and value, 3h S: of one chunk live the normed
+    key, its halves turned and three fp32 products, as above, with the h h weights of one projection. Then attention
+    makes h S, with its row sums. The results are written over the norms.
+
+    - A single-stream block's output: input, norm and attention's result 3h S; of a chunk the two halves of the MLP,
+      the gate and the product, 4m C, with the 2h m weights of the one projection and the h (h + m) of the other.
+    - A double-stream block's image stream: inputs and attention's results 2h S, and of the image the gated result, the
+      sum and its norm 3h I; of a chunk 4m D, with 3h m weights. At its end two more of h I.
+    - Its text stream after that: five of h S, of a chunk 4m E, with 3h m weights, at the end two more of h T.
+    """
+    h, m, b = sizes.hidden, sizes.mlp, sizes.dtype_bytes
+    joint, image, text = h * sizes.joint * b, h * sizes.image * b, h * sizes.text * b
+    turning = (2 * b + 3 * FP32_BYTES if b < FP32_BYTES else 5 * FP32_BYTES) * h * max(chunks)
+    output = expansion.linear_bytes(3 * joint + 2 * h * m * expansion.expanded, h * (h + m), 4 * m * chunks.joint * b)
+    image_held, text_held = 2 * joint + 3 * image, 5 * joint
+    entering = 2 * h * m * expansion.expanded
+    return max(
+        expansion.linear_bytes(5 * joint, h * h, turning),
+        6 * joint + row_sums,
+        output,
+        expansion.linear_bytes(image_held + entering, h * m, 4 * m * chunks.image * b),
+        image_held + 2 * image,
+        expansion.linear_bytes(text_held + entering, h * m, 4 * m * chunks.text * b),
+        text_held + 2 * text,
+    )
 
 
 def _kept_bytes(model: ModelSpec, workload: Workload, batch: int, dtype_bytes: int) -> int:
@@ -164,10 +234,8 @@ def _decoder_elements(vae: VaeSpec, width: int, height: int) -> int:
     return peak + vae.latent_channels * (width // vae.spatial_factor) * (height // vae.spatial_factor)
 
 
-def decode_activation_bytes(
-    vae: VaeSpec, width: int, height: int, images: int, tile_px: int, dtype_bytes: int
-) -> int:
-    """Peak of decoding ``images`` pictures one after another.
+def decode_activation_bytes(vae: VaeSpec, workload: Workload, tile_px: int, dtype_bytes: int) -> int:
+    """Peak of decoding all images, one after another.
 
     All latents are unpacked first: packed, scaled, and unpatchified copies live together. Then they lie there.
 
@@ -175,7 +243,8 @@ def decode_activation_bytes(
     largest size, with all that came before it, or the stitching, where all tiles, the rows made of them and the picture
     live together.
     """
-    latents = images * vae.latent_channels * (width // vae.spatial_factor) * (height // vae.spatial_factor)
+    width, height = workload.width, workload.height
+    latents = workload.num_images * workload.image_tokens * vae.packed_channels
     if not tile_px:
         return max(_decoder_elements(vae, width, height) + latents, 3 * latents) * dtype_bytes
     down, across = (

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lowmem_flux2.planning.activations import (
-    conditioning_bytes,
+    conditioning_peak_bytes,
     decode_activation_bytes,
     denoise_activation_bytes,
     encode_activation_bytes,
@@ -72,7 +72,7 @@ class StageWork:
         between_ns: computed once a round outside the blocks.
         rounds: passes over the blocks.
         kept_bytes: non-block weights that stay on the device for the whole stage.
-        activation_bytes: with the format's transient.
+        activation_bytes: with the weights of a quantized format that are expanded at the peak.
         once_bytes: weights and tensors that live on the device before any block is loaded, and are dropped again.
         once_staging_bytes: host memory that those pass through.
         host_bytes: tensors that the stage takes or leaves in RAM.
@@ -121,7 +121,6 @@ def _denoise_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwa
         nanoseconds(passes * (compute_seconds(hardware, stage.compute_dtype, linear, attention) + launches_s), 1)
         for linear in (double, single)
     )
-    transient = max(fmt.transient_bytes(dims.double_block), fmt.transient_bytes(dims.single_block))
     text_input = passes * workload.text_tokens * dims.joint_dim * dtype_bytes
     largest_embedder = max(6 * dims.hidden_size, dims.joint_dim) * dims.hidden_size
     noise = workload.num_images * workload.image_tokens * dims.in_channels * dtype_bytes
@@ -131,10 +130,9 @@ def _denoise_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwa
         between_ns=nanoseconds(STEP_OVERHEADS * overhead_s, 1),
         rounds=-(-workload.num_images // batch) * workload.steps,
         kept_bytes=fmt.plain_bytes(dims.remaining_non_block_weights),
-        activation_bytes=denoise_activation_bytes(model, workload, batch, dtype_bytes, stage.chunk_tokens) + transient,
+        activation_bytes=denoise_activation_bytes(model, workload, batch, dtype_bytes, stage.chunk_tokens, fmt),
         once_bytes=fmt.plain_bytes(dims.conditioning_weights)
-        + conditioning_bytes(model, workload, dtype_bytes)
-        + batch * text_input,
+        + conditioning_peak_bytes(model, workload, batch, dtype_bytes),
         once_staging_bytes=fmt.plain_bytes(largest_embedder),
         host_bytes=workload.num_images * text_input + 2 * noise,
     )
@@ -157,8 +155,7 @@ def _encode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
         between_ns=0,
         rounds=rounds,
         kept_bytes=0,  # the embedding stays in its file: only the prompts' rows are read
-        activation_bytes=encode_activation_bytes(model, workload, stage.batch_size, dtype_bytes, together)
-        + fmt.transient_bytes(dims.layer),
+        activation_bytes=encode_activation_bytes(model, workload, stage.batch_size, dtype_bytes, together, fmt),
         host_bytes=2 * embeddings,
     )
 
@@ -170,14 +167,15 @@ def _decode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
     flops *= tiled_pixels_ratio(workload.width, workload.height, stage.tile_px)
     rate = CONVOLUTION_SHARE * compute_rate(hardware, stage.compute_dtype)
     picture = vae.out_channels * workload.width * workload.height * dtype_bytes
+    latents = workload.image_tokens * vae.packed_channels * dtype_bytes
     return StageWork(
         block_bytes=(),
         compute_ns=(),
         between_ns=nanoseconds(flops / rate + DECODER_OVERHEADS * hardware.block_overhead_s, 1),
         rounds=workload.num_images,
         kept_bytes=fmt.plain_bytes(vae.decoder_weights),
-        activation_bytes=decode_activation_bytes(vae, workload.width, workload.height, stage.tile_px, dtype_bytes),
-        host_bytes=2 * workload.num_images * picture,
+        activation_bytes=decode_activation_bytes(vae, workload, stage.tile_px, dtype_bytes),
+        host_bytes=2 * workload.num_images * (picture + latents),
     )
 
 
@@ -233,8 +231,8 @@ class DeviceBytes(NamedTuple):
 def device_bytes(work: StageWork, gpu: int, slots: int) -> DeviceBytes:
     """Given the bytes of resident blocks and of all slots. The sum never shrinks when either grows."""
     # The once-per-generation weights come before any block: they count where they need more than what follows.
-    activation = max(work.activation_bytes, work.once_bytes - gpu - slots)
     resident = gpu + work.kept_bytes
+    activation = max(work.activation_bytes, work.once_bytes - resident - slots)
     weights = resident + slots + activation - work.activation_bytes
     return DeviceBytes(resident, slots, activation, margin_bytes(work.activation_bytes, weights))
 

@@ -71,6 +71,7 @@ class ModelSource:
         repo_id: hub id of a hub model.
         revision: hub revision asked for; None is the default branch.
         spec: built from the configs in ``folder``, or from the shipped or downloaded ones.
+        configs: folder where those configs are.
     """
 
     name: str
@@ -79,6 +80,7 @@ class ModelSource:
     repo_id: str | None
     revision: str | None
     spec: ModelSpec
+    configs: Path
 
 
 def resolve_model(
@@ -191,8 +193,8 @@ def _from_folder(folder: Path, name: str, kind: SourceKind, source: str) -> Mode
     spec = spec_from_configs(name, source, read_configs(folder, source))
     # A folder without a single weight file is a model to plan for; one with some of them is a download gone wrong.
     if not any(next((folder / part).glob("*.safetensors*"), None) for part in get_args(Component)):
-        return ModelSource(name, kind, None, None, None, spec)
-    return ModelSource(name, kind, folder, None, None, _with_stored_dtype(folder, name, source, spec))
+        return ModelSource(name, kind, None, None, None, spec, folder)
+    return ModelSource(name, kind, folder, None, None, _with_stored_dtype(folder, name, source, spec), folder)
 
 
 def _with_stored_dtype(folder: Path, name: str, source: str, spec: ModelSpec) -> ModelSpec:
@@ -208,7 +210,7 @@ def _from_alias(name: str, cache_dir: Path | None, revision: str | None) -> Mode
     if snapshot is not None and (found := _from_snapshot(snapshot, name, repo_id, revision)) is not None:
         return found
     spec = spec_from_configs(name, name, shipped_configs(name))
-    return ModelSource(name, "hub", None, repo_id, revision, spec)
+    return ModelSource(name, "hub", None, repo_id, revision, spec, ASSETS / "configs" / _ALIASES[name].configs)
 
 
 def _from_hub(repo_id: str, cache_dir: Path | None, revision: str | None, offline: bool) -> ModelSource:
@@ -219,7 +221,7 @@ def _from_hub(repo_id: str, cache_dir: Path | None, revision: str | None, offlin
     if found is not None:
         return found
     spec = spec_from_configs(repo_id, repo_id, read_configs(snapshot, repo_id))
-    return ModelSource(repo_id, "hub", None, repo_id, revision, spec)
+    return ModelSource(repo_id, "hub", None, repo_id, revision, spec, snapshot)
 
 
 def _from_snapshot(snapshot: Path, name: str, repo_id: str, revision: str | None) -> ModelSource | None:
@@ -229,7 +231,7 @@ def _from_snapshot(snapshot: Path, name: str, repo_id: str, revision: str | None
         spec = _with_stored_dtype(snapshot, name, repo_id, spec)
     except CheckpointMissing:
         return None
-    return ModelSource(name, "hub", snapshot, repo_id, revision, spec)
+    return ModelSource(name, "hub", snapshot, repo_id, revision, spec, snapshot)
 
 
 def _snapshot(repo_id: str, cache_dir: Path | None, revision: str | None) -> Path | None:

@@ -143,30 +143,29 @@ class _Run:
         request = _request(work)
         denoiser = _Denoiser(self._cut.folder, model, stage, request, self._device, _quiet, self.weights)
         denoiser.reference_tokens = work.reference_tokens
-        with closing(denoiser):
-            shape = (work.num_images, channels, work.height // multiple, work.width // multiple)
-            noise = torch.zeros(shape, dtype=self._dtype)
-            embeds = [
-                torch.empty(work.num_images, work.text_tokens, model.transformer.joint_dim, dtype=self._dtype)
-                for _ in range(work.guidance_passes)
-            ]
-            denoiser.denoise(noise, embeds[0], embeds[1] if len(embeds) > 1 else None, on_loaded=self._loaded)
+        shape = (work.num_images, channels, work.height // multiple, work.width // multiple)
+        noise = torch.empty(shape, dtype=self._dtype)
+        embeds = [
+            torch.empty(work.num_images, work.text_tokens, model.transformer.joint_dim, dtype=self._dtype)
+            for _ in range(work.guidance_passes)
+        ]
+        denoiser.denoise(noise, embeds[0], embeds[1] if len(embeds) > 1 else None, on_loaded=self._loaded)
 
     def decode(self) -> None:
         work, model = self._workload, self._cut.model
         multiple = model.size_multiple
         height, width = work.height // multiple, work.width // multiple
-        with closing(_Decoder(self._cut.folder, model, self._cut.stage, self._device, self.weights)) as decoder:
-            self._loaded()
-            if self._alike and self._cut.stage.tile_px:
-                decoder.stand_for_tiles(work, self._cut.stage.tile_px)
-            packed = torch.empty(work.num_images, height * width, model.transformer.in_channels, dtype=self._dtype)
-            latents = decoder.unpack(packed, height, width)
-            kept = latents.to("cpu")
-            pictures = [decoder.decode(latents[:1])]
-            pictures += [torch.empty_like(pictures[0]) for _ in range(work.num_images - 2)]
-            if work.num_images > 1:
-                pictures.append(decoder.decode(latents[:1]))
+        decoder = _Decoder(self._cut.folder, model, self._cut.stage, self._device, self.weights)
+        self._loaded()
+        if self._alike and self._cut.stage.tile_px:
+            decoder.stand_for_tiles(work, self._cut.stage.tile_px)
+        packed = torch.empty(work.num_images, height * width, model.transformer.in_channels, dtype=self._dtype)
+        latents = decoder.unpack(packed, height, width)
+        kept = latents.to("cpu")
+        pictures = [decoder.decode(latents[:1])]
+        pictures += [torch.empty_like(pictures[0]) for _ in range(work.num_images - 2)]
+        if work.num_images > 1:
+            pictures.append(decoder.decode(latents[:1]))
         torch.cat(pictures)
         del kept
 

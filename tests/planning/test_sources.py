@@ -177,7 +177,7 @@ def test_unknown_name(typed: str, nearest: str) -> None:
 def test_hub_id_from_the_cache(empty_cache: Path, tiny_dev: Path) -> None:
     snapshot = cached(empty_cache, "me/mine", tiny_dev)
     found = resolve_model("me/mine", offline=True)
-    assert found == ModelSource("me/mine", "hub", snapshot, "me/mine", None, found.spec)
+    assert found == ModelSource("me/mine", "hub", snapshot, "me/mine", None, found.spec, snapshot)
 
 
 def test_hub_id_with_configs_only(empty_cache: Path, tmp_path: Path) -> None:

@@ -1,0 +1,270 @@
+"""Simulated bytes against the live bytes of real runs, byte by byte, and cut models against whole ones."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock
+from torch.profiler import ProfilerActivity, profile
+
+from lowmem_flux2.planning.formats import PLAIN_FORMATS
+from lowmem_flux2.planning.job import plan_job, resolve_machine
+from lowmem_flux2.planning.plan import Placement, Plan, StagePlan
+from lowmem_flux2.planning.selection import Selection
+from lowmem_flux2.planning.sources import ModelSource, resolve_model
+from lowmem_flux2.planning.workload import Request, make_request
+from lowmem_flux2.runtime.checkpoint import TensorFile, Tensors
+from lowmem_flux2.runtime.executor import Executor
+from lowmem_flux2.runtime.inputs import Inputs
+from lowmem_flux2.runtime.live import LiveBytes, rounded
+from lowmem_flux2.runtime.observer import Silent
+from lowmem_flux2.runtime.prepare import prepare
+from lowmem_flux2.runtime.simulate import SimulatedStage, simulate_plan, simulate_stage
+from lowmem_flux2.runtime.store import PreparedStore
+from lowmem_flux2.runtime.streaming import BlockStreamer
+from lowmem_flux2.runtime.weights import CheckpointWeights
+
+COMPONENTS = {"encode": "text_encoder", "denoise": "transformer", "decode": "vae"}
+
+
+# -------------------------------------------------------------------------------------------------- live bytes
+
+
+def test_a_storage_counts_once_from_its_making_to_its_last_reference() -> None:
+    before = torch.zeros(1000)
+    with LiveBytes() as live:
+        before.add_(1)
+        before[:10].view(-1)
+        assert live.now_bytes["cpu"] == 0  # not made here
+        made = torch.ones(1000)
+        view = made[:10]
+        made.mul_(2)
+        assert live.now_bytes["cpu"] == rounded(4000) == 4096
+        del made
+        assert live.now_bytes["cpu"] == 4096
+        del view
+        assert live.now_bytes["cpu"] == 0
+        assert live.peak_bytes["cpu"] == 4096
+
+
+def test_only_raw_spans_count_as_weights_and_nothing_on_meta_counts() -> None:
+    with LiveBytes() as live:
+        span = torch.empty(600, dtype=torch.uint8)
+        mask = torch.zeros(600, dtype=torch.uint8)
+        nothing = torch.empty(600, device="meta")
+        assert (live.span_bytes["cpu"], live.now_bytes["cpu"]) == (1024, 2048)
+        del span, mask, nothing
+        live.restart_peak()
+        assert (live.span_bytes["cpu"], live.peak_bytes["cpu"]) == (0, 0)
+
+
+# ------------------------------------------------------------------------------------------ against real runs
+
+
+class Metered:
+    """A checkpoint's weights, with live bytes counted from the moment a component is opened until it is closed."""
+
+    def __init__(self, inner: CheckpointWeights) -> None:
+        self._inner = inner
+        self._counting = ExitStack()
+        self.live: dict[str, LiveBytes] = {}
+        self.once_bytes: dict[str, int] = {}
+
+    def open(self, component: Any) -> TensorFile:
+        self._counting.close()
+        files = self._inner.open(component)
+        self.live[component] = self._counting.enter_context(LiveBytes())
+        if component != "vae":  # whose files are closed before it runs
+            close = files.close
+
+            def closed() -> None:
+                close()
+                self._counting.close()
+
+            files.close = closed  # type: ignore[method-assign]
+        return files
+
+    def streamer(self, stage: StagePlan, blocks: Any, tensors: Tensors, *rest: Any) -> BlockStreamer:
+        live = self.live[stage.component]
+        self.once_bytes[stage.component] = live.peak_bytes["cpu"]
+        live.restart_peak()
+        return self._inner.streamer(stage, blocks, tensors, *rest)
+
+    def close(self) -> None:
+        self._counting.close()
+
+    def peak_bytes(self, stage: str) -> int:
+        component = COMPONENTS[stage]
+        return max(self.live[component].peak_bytes["cpu"], self.once_bytes.get(component, 0))
+
+
+def planned(
+    source: ModelSource, selection: Selection, prompts: int = 2, images: int = 2, length: int = 64
+) -> tuple[Plan, Request]:
+    request = make_request(
+        source.spec,
+        ("a red circle", "a dog at night")[:prompts],
+        width=96,
+        height=160,
+        num_inference_steps=3,
+        num_images_per_prompt=images,
+        max_sequence_length=length,
+        guidance_scale=4.0,
+    )
+    return plan_job(source, resolve_machine("cpu", "cpu"), request, selection), request
+
+
+def measured(plan: Plan, request: Request, source: ModelSource, cache: Path) -> Metered:
+    assert source.folder is not None
+    stores: dict[str, PreparedStore] = {}
+    for stage in plan.stages:
+        if stage.weight_format not in PLAIN_FORMATS:
+            stores[stage.component] = prepare(
+                source.folder, source.spec, stage.component, stage.weight_format, stage.compute_dtype, cache
+            )
+    weights = Metered(CheckpointWeights(source.folder, stores))
+    executor = Executor(plan, source.spec, source.folder, "cpu", Silent(), weights, lambda plan, stage: None)
+    try:
+        executor.run(request, Inputs())
+    finally:
+        weights.close()
+    return weights
+
+
+def inputs_bytes(plan: Plan, source: ModelSource, stage: str) -> int:
+    """Tensors that an executor holds before a stage begins, so that its real run does not count them."""
+    work, dims = plan.workload, source.spec.transformer
+    size = {"fp32": 4, "bf16": 2}[plan.stage("denoise").compute_dtype]
+    latents = rounded(work.num_images * work.image_tokens * dims.in_channels * size)
+    embeds = rounded(work.num_images * work.text_tokens * dims.joint_dim * size)
+    return {"encode": 0, "denoise": latents + work.guidance_passes * embeds, "decode": latents}[stage]
+
+
+@pytest.mark.parametrize(
+    ("form", "placement", "weight_format", "tile", "batch"),
+    [
+        ("dev", "disk", "nf4", "64", 4),
+        ("klein", "disk", "int8", "64", 3),
+        ("shapes", "pageable", "int4", "off", 2),
+        ("distilled", "resident", "fp32", "128", 3),
+    ],
+)
+def test_simulated_bytes_equal_those_of_a_real_run(
+    form: str, placement: str, weight_format: str, tile: str, batch: int, folders: dict[str, Path], cache: Path
+) -> None:
+    """Every stage, to the byte, but for its inputs, which lie there before a real stage begins.
+
+    ``shapes`` is the embedded model, whose stored bf16 is converted while it is read; the others are toys.
+    """
+    source = resolve_model(str(folders.get(form, form)))
+    selection = Selection(
+        placement=placement,
+        weight_format=weight_format,
+        text_weight_format=weight_format,
+        dtype="fp32",
+        vae_tile=tile,
+        batch_size=batch,
+    )
+    plan, request = planned(source, selection)
+    real = measured(plan, request, source, cache)
+    for stage in simulate_plan(plan, source.spec, source.configs):
+        assert stage.device_bytes - inputs_bytes(plan, source, stage.stage) == real.peak_bytes(stage.stage), stage
+
+
+@pytest.mark.parametrize(("dtype", "scratch"), [(torch.float32, 0.0), (torch.bfloat16, 0.03)])
+def test_live_bytes_are_what_the_allocator_hands_out(dtype: torch.dtype, scratch: float) -> None:
+    """torch's profiler sees every allocation on the CPU, kernels' own too: bf16 matmuls and attention take some."""
+    heads, tokens = 4, 512
+    width = heads * 128
+    block = Flux2SingleTransformerBlock(width, heads, 128, mlp_ratio=3.0).to(dtype).eval()
+    arguments = {
+        "hidden_states": torch.randn(1, tokens, width, dtype=dtype),
+        "encoder_hidden_states": None,
+        "temb_mod": torch.randn(1, 1, 3 * width, dtype=dtype),
+        "image_rotary_emb": (torch.randn(tokens, 128), torch.randn(tokens, 128)),
+    }
+    with torch.no_grad():
+        block(**arguments)
+        with LiveBytes() as live:
+            block(**arguments)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            block(**arguments)
+    now = most = 0
+    records = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(records, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    assert live.peak_bytes["cpu"] <= most <= (1 + scratch) * live.peak_bytes["cpu"]
+    # Input, norm, projection 9, query, key, result, gate and product 3, both side by side 4; the input was there before.
+    assert live.peak_bytes["cpu"] == 20 * tokens * width * dtype.itemsize
+
+
+# ------------------------------------------------------------------------------------- against whole models
+
+
+def mixed(stage: StagePlan, slots: int = 2) -> StagePlan:
+    """All placements, unevenly often, in no order."""
+    kinds = (Placement.GPU, Placement.PINNED, Placement.GPU, Placement.PAGEABLE, Placement.DISK, Placement.DISK)
+    count = len(stage.block_placements)
+    return replace(
+        stage, block_placements=tuple(kinds[index * index % 6] for index in range(count)), slots=slots if count else 0
+    )
+
+
+@pytest.mark.parametrize(("form", "on_host"), [("dev", False), ("klein", True)])
+def test_a_cut_model_has_the_peaks_of_the_whole_one(form: str, on_host: bool, folders: dict[str, Path]) -> None:
+    source = resolve_model(str(folders[form]))
+    plan, _ = planned(source, Selection(vae_tile="64", batch_size=3))
+    for stage in map(mixed, plan.stages):
+        cut, whole = (
+            simulate_stage(stage, plan.workload, source.spec, source.configs, on_host=on_host, every_block=every)
+            for every in (False, True)
+        )
+        assert cut == whole
+
+
+def test_a_cut_model_of_full_size_has_the_peaks_of_the_whole_one() -> None:
+    """Dev's 56 blocks and 30 layers, and what the plan says of them, to the byte."""
+    source = resolve_model("flux2-dev")
+    plan = plan_job(source, resolve_machine("rtx-4090-24gb", "auto"), make_request(source.spec, ("x",)), Selection())
+    cut, whole = (
+        [
+            simulate_stage(mixed(stage), replace(plan.workload, steps=2), source.spec, source.configs, every_block=every)
+            for stage in plan.stages[:2]
+        ]
+        for every in (False, True)
+    )
+    assert cut == whole
+
+
+def test_cuda_kernels_differ_from_the_cpus_only_where_no_peak_is() -> None:
+    """Their attention and norms hold other tensors, which are gone when a stage peaks; inputs wait in the host's RAM."""
+    source = resolve_model("flux2-klein-base-4b")
+    request = make_request(source.spec, ("x",), width=512, height=768, num_inference_steps=2)
+    plan = plan_job(source, resolve_machine("rtx-4090-24gb", "auto"), request, Selection(vae_tile="256"))
+    for stage in plan.stages:
+        cuda, cpu = (
+            simulate_stage(stage, plan.workload, source.spec, source.configs, on_host=on_host)
+            for on_host in (False, True)
+        )
+        inputs = inputs_bytes(plan, source, stage.stage)
+        frequencies = 1024 if stage.stage == "encode" else 0  # the rotary embedding's two, moved to the device
+        assert cuda.device_bytes - frequencies == cpu.device_bytes - inputs
+        assert cuda.host_bytes >= inputs
+
+
+def test_reference_tokens_and_guidance_take_memory(folders: dict[str, Path]) -> None:
+    source = resolve_model(str(folders["klein"]))
+    plan, _ = planned(source, Selection())
+
+    def peak(**changes: int) -> SimulatedStage:
+        workload = replace(plan.workload, **changes)
+        return simulate_stage(plan.stage("denoise"), workload, source.spec, source.configs)
+
+    assert peak(reference_tokens=0).activation_bytes < peak(reference_tokens=64).activation_bytes
+    assert peak(guidance_passes=1).activation_bytes < peak(guidance_passes=2).activation_bytes
