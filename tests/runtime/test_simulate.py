@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
+from diffusers import Flux2Transformer2DModel
 from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock
 from torch.profiler import ProfilerActivity, profile
 
@@ -145,28 +148,50 @@ def inputs_bytes(plan: Plan, source: ModelSource, stage: str) -> int:
     return {"encode": 0, "denoise": latents + work.guidance_passes * embeds, "decode": latents}[stage]
 
 
+@pytest.fixture(scope="module")
+def sources(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Toys by form, the embedded model, and a toy with a transformer of 24 M weights in heads of FLUX.2's size."""
+    middle = Path(shutil.copytree(folders["klein"], tmp_path_factory.mktemp("middle") / "klein"))
+    shutil.rmtree(middle / "transformer")
+    transformer = Flux2Transformer2DModel(
+        in_channels=4 * tiny.LATENT_CHANNELS,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=128,
+        num_attention_heads=4,
+        joint_attention_dim=3 * tiny.HIDDEN,
+        guidance_embeds=False,
+    )
+    transformer.to(torch.bfloat16).save_pretrained(middle / "transformer")
+    return {**{form: str(folder) for form, folder in folders.items()}, "middle": str(middle), "shapes": "shapes"}
+
+
 @pytest.mark.parametrize(
-    ("form", "placement", "weight_format", "tile", "batch"),
+    ("form", "placement", "weight_format", "dtype", "tile", "batch"),
     [
-        ("dev", "disk", "nf4", "64", 4),
-        ("klein", "disk", "int8", "64", 3),
-        ("shapes", "pageable", "int4", "off", 2),
-        ("distilled", "resident", "fp32", "128", 3),
+        ("dev", "disk", "nf4", "fp32", "64", 4),
+        ("distilled", "resident", "fp32", "fp32", "128", 3),
+        ("shapes", "pageable", "int4", "fp32", "off", 2),
+        ("middle", "disk", "int8", "bf16", "64", 3),
     ],
 )
 def test_simulated_bytes_equal_those_of_a_real_run(
-    form: str, placement: str, weight_format: str, tile: str, batch: int, folders: dict[str, Path], cache: Path
+    form: str,
+    placement: str,
+    weight_format: str,
+    dtype: str,
+    tile: str,
+    batch: int,
+    sources: dict[str, str],
+    cache: Path,
 ) -> None:
-    """Every stage, to the byte, but for its inputs, which lie there before a real stage begins.
-
-    ``shapes`` is the embedded model, whose stored bf16 is converted while it is read; the others are toys.
-    """
-    source = resolve_model(str(folders.get(form, form)))
+    """Every stage, to the byte, but for its inputs, which lie there before a real stage begins."""
+    source = resolve_model(sources[form])
     selection = Selection(
         placement=placement,
         weight_format=weight_format,
         text_weight_format=weight_format,
-        dtype="fp32",
+        dtype=dtype,
         vae_tile=tile,
         batch_size=batch,
     )
