@@ -1,4 +1,4 @@
-"""The closed forms against measured figures, the time line against an independent simulation, and both sides' bytes."""
+"""FLOPs against measured figures, the time line against an independent simulation, and both sides' bytes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,6 @@ import pytest
 from machines import DEV, KLEIN_4B, KLEIN_9B, KLEIN_BASE, MODELS, machine, plan_for, spec, work
 
 from lowmem_flux2.planning import cost
-from lowmem_flux2.planning.activations import (
-    decode_activation_bytes,
-    denoise_activation_bytes,
-    encode_activation_bytes,
-)
 from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.plan import Placement, StagePlan
@@ -22,58 +17,6 @@ from lowmem_flux2.planning.timeline import Way
 from lowmem_flux2.units import GIB, MIB
 
 BF16 = 2
-
-# --------------------------------------------------- activations: library-facts' figures, FakeTensorMode and MemTracker
-
-
-@pytest.mark.parametrize(
-    ("px", "chunk", "measured_mib"), [(512, 0, 402), (1024, 0, 1165), (1024, 512, 691), (1024, 1024, 691)]
-)
-def test_dev_activations_are_within_3_per_cent_of_the_measured_peak(px: int, chunk: int, measured_mib: int) -> None:
-    predicted = denoise_activation_bytes(spec(DEV), work(DEV, px), 1, BF16, chunk)
-    assert predicted / MIB == pytest.approx(measured_mib, rel=0.03)
-
-
-@pytest.mark.parametrize(("tile_px", "measured_mib"), [(0, 1538), (512, 390)])
-def test_vae_activations_are_within_3_per_cent_of_the_measured_peak(tile_px: int, measured_mib: int) -> None:
-    predicted = decode_activation_bytes(spec(DEV).vae, 1024, 1024, tile_px, BF16)
-    assert predicted / MIB == pytest.approx(measured_mib, rel=0.03)
-
-
-def test_mistral_activations_are_within_3_per_cent_of_the_measured_peak() -> None:
-    assert encode_activation_bytes(spec(DEV), work(DEV), 1, BF16) / MIB == pytest.approx(127, rel=0.03)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_activations_grow_with_batch_and_size_and_fall_with_chunks(name: str) -> None:
-    def peak(px: int = 1024, batch: int = 1, chunk: int = 0) -> int:
-        return denoise_activation_bytes(spec(name), work(name, px), batch, BF16, chunk)
-
-    assert peak(512) < peak(768) < peak(1024) < peak(2048)
-    assert peak() < peak(batch=2) < 2 * peak()
-    assert peak(chunk=512) < peak(chunk=2048) < peak()
-    assert peak(chunk=8192) == peak()
-
-
-def test_a_second_guidance_pass_costs_memory() -> None:
-    one, two = replace(work(KLEIN_BASE), guidance_passes=1), replace(work(KLEIN_BASE), guidance_passes=2)
-    model = spec(KLEIN_BASE)
-    assert denoise_activation_bytes(model, one, 1, BF16, 0) < denoise_activation_bytes(model, two, 1, BF16, 0)
-
-
-def test_a_second_batch_waits_and_shares_the_pass() -> None:
-    model, work_one = spec(KLEIN_BASE), replace(work(KLEIN_BASE), guidance_passes=1)
-    alone, beside = (encode_activation_bytes(model, work_one, 1, BF16, batches) for batches in (1, 2))
-    dims = model.text_encoder
-    assert beside - alone == 512 * (dims.hidden_size + 512 + 2 * dims.head_dim) * BF16
-
-
-def test_a_small_decoder_is_counted_by_its_own_channels() -> None:
-    vae = spec(DEV).vae
-    small = replace(vae, decoder_block_out_channels=(96, 192, 384, 384))
-    assert decode_activation_bytes(small, 1024, 1024, 0, BF16) < decode_activation_bytes(vae, 1024, 1024, 0, BF16)
-    assert cost.decode_flops(small, 1024, 1024) < cost.decode_flops(vae, 1024, 1024)
-
 
 # -------------------------------------------------------------------------------------------------------- FLOPs
 
