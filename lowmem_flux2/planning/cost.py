@@ -168,6 +168,7 @@ def _decode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
     rate = CONVOLUTION_SHARE * compute_rate(hardware, stage.compute_dtype)
     picture = vae.out_channels * workload.width * workload.height * dtype_bytes
     latents = workload.image_tokens * vae.packed_channels * dtype_bytes
+    copies = 1 if hardware.device == "cpu" else 2  # packed, and unpacked beside those on the device
     return StageWork(
         block_bytes=(),
         compute_ns=(),
@@ -175,7 +176,7 @@ def _decode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
         rounds=workload.num_images,
         kept_bytes=fmt.plain_bytes(vae.decoder_weights),
         activation_bytes=decode_activation_bytes(vae, workload, stage.tile_px, dtype_bytes),
-        host_bytes=2 * workload.num_images * (picture + latents),
+        host_bytes=workload.num_images * (2 * picture + copies * latents),
     )
 
 

@@ -62,7 +62,7 @@ CASES = [
     (KLEIN_9B, "rtx-4090-24gb", "--max-vram 1GiB --num-images 3 --steps 9"),
     (KLEIN_4B, "rtx-3060-12gb", "--max-vram 900MiB -W 512 -H 768"),
     (KLEIN_BASE, "rtx-3060-12gb", "--max-vram 1GiB --guidance 1 --max-sequence-length 256 --prefer speed"),
-    (KLEIN_4B, "cpu", "--max-ram 1GiB"),
+    (KLEIN_4B, "cpu", "--max-ram 900MiB"),
     (DEV, "cpu", "--max-ram 600MiB --dtype fp32"),
 ]
 

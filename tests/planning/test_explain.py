@@ -13,6 +13,7 @@ from lowmem_flux2.planning.explain import BAR_WIDTH, explain
 from lowmem_flux2.planning.plan import Limits, Plan
 from lowmem_flux2.planning.selection import Selection
 from lowmem_flux2.planning.support import EVERYTHING
+from lowmem_flux2.units import GIB
 from lowmem_flux2.units import format_bytes, format_seconds
 
 
@@ -87,7 +88,7 @@ def test_streaming_says_what_does_not_fit_and_whether_it_is_hidden() -> None:
 
 
 def test_a_single_slot_is_told_in_the_singular() -> None:
-    whole = Selection(weight_format="fp16")
+    whole = Selection(weight_format="fp16", max_vram_bytes=5 * GIB)
     assert "through 1 slot of 1.83 GiB" in reasons(plan_for(DEV, "rtx-2060-6gb", selection=whole), "denoise")
 
 
