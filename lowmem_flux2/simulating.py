@@ -10,8 +10,9 @@ from rich.table import Table
 
 from lowmem_flux2.planning.cost import CUDA_HOST_BYTES, LIBRARIES_HOST_BYTES, READ_BUFFER_BYTES
 from lowmem_flux2.planning.models import ModelSpec
-from lowmem_flux2.planning.plan import Plan, StageCost
-from lowmem_flux2.runtime.simulate import SimulatedStage, simulate_plan
+from lowmem_flux2.planning.plan import Plan, StageCost, StagePlan
+from lowmem_flux2.planning.workload import Workload
+from lowmem_flux2.runtime.simulate import SimulatedStage, simulate_stage
 from lowmem_flux2.units import format_bytes
 
 KINDS = ("resident", "slots", "activations", "device", "host")
@@ -57,12 +58,31 @@ class Comparison:
 
 
 def compare(plan: Plan, model: ModelSpec, configs: Path, *, every_block: bool = False) -> list[Comparison]:
-    """Simulate a plan's stages; arguments as those of ``simulate_plan``."""
-    stages = simulate_plan(plan, model, configs, every_block=every_block)
+    """Each stage of a plan.
+
+    Args:
+        configs: folder of the model's config files.
+        every_block: run all blocks, layers and tiles, not only those that differ.
+    """
+    on_host = plan.hardware.device == "cpu"
     return [
-        Comparison(simulated.stage, predicted_bytes(planned.cost), simulated_bytes(simulated))
-        for planned, simulated in zip(plan.stages, stages, strict=True)
+        compare_stage(stage, plan.workload, model, configs, on_host=on_host, every_block=every_block)
+        for stage in plan.stages
     ]
+
+
+def compare_stage(
+    stage: StagePlan,
+    workload: Workload,
+    model: ModelSpec,
+    configs: Path,
+    *,
+    on_host: bool = False,
+    every_block: bool = False,
+) -> Comparison:
+    """One priced stage; the other arguments as those of ``compare``."""
+    simulated = simulate_stage(stage, workload, model, configs, on_host=on_host, every_block=every_block)
+    return Comparison(stage.stage, predicted_bytes(stage.cost), simulated_bytes(simulated))
 
 
 def simulated_bytes(stage: SimulatedStage) -> Bytes:
@@ -87,13 +107,13 @@ def table_of(comparisons: list[Comparison]) -> Table:
     for heading in ("stage", "tensors", "predicted", "simulated", "difference"):
         table.add_column(heading, justify="left" if heading in ("stage", "tensors") else "right")
     for each in comparisons:
+        stage = each.stage
         for kind in KINDS:
             predicted, simulated = getattr(each.predicted, kind), getattr(each.simulated, kind)
             if not predicted and not simulated:
                 continue
             off = f"{(predicted - simulated) / simulated:+.2%}" if simulated else "-"
             label = "device, together" if kind == "device" else kind
-            table.add_row(
-                each.stage if kind == "resident" else "", label, format_bytes(predicted), format_bytes(simulated), off
-            )
+            table.add_row(stage, label, format_bytes(predicted), format_bytes(simulated), off)
+            stage = ""
     return table

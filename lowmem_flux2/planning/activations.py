@@ -10,6 +10,7 @@ while it runs, and ``scratch`` bytes a weight besides while expanding it, before
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -174,39 +175,36 @@ def conditioning_peak_bytes(model: ModelSpec, workload: Workload, batch: int, dt
 
 
 def encode_activation_bytes(
-    model: ModelSpec, workload: Workload, prompts: int, dtype_bytes: int, fmt: WeightFormat
+    model: ModelSpec, workload: Workload, batches: Sequence[int], dtype_bytes: int, fmt: WeightFormat
 ) -> int:
-    """Peak of one pass of ``prompts`` over the text encoder's used layers.
+    """Peak of one pass over the text encoder's used layers, which takes batches of so many prompts.
 
-    With t tokens, hidden size h and intermediate size I, the last layers hold the states tapped so far and the layer's
-    input; the MLP its residual and norm besides, and then gate, up and their product, 3I t. Its three Linears have h I
-    weights each: up runs beside the gate, down beside the product.
+    With t tokens, hidden size h and intermediate size I, a layer of one batch holds its input, the residual and the
+    norm, 3h t, and then in the MLP gate, up and their product, 3I t. Its three Linears have h I weights each: up runs
+    beside the gate, down beside the product.
 
     Query heads are q wide, key and value heads k. Attention holds the input, its norm, query, key and value, rotated,
-    key and value repeated to all heads, its result, and the mask, boolean and additive.
+    key and value repeated to all heads, its result, and the mask once more, additive.
 
-    At the end the tapped states are stacked, and laid side by side. The last group of prompts is the one to peak: the
-    negative prompts of true guidance go through each layer after the prompts, whose taps are all there then.
+    The other batches' hidden states wait, and every batch's boolean mask, positions and rotary tables; tapped states
+    wait on the host.
     """
-    dims = model.text_encoder
-    h, i, b = dims.hidden_size, dims.intermediate_size, dtype_bytes
-    taps, passes = len(dims.out_layers), workload.guidance_passes
+    dims, length, b = model.text_encoder, workload.text_tokens, dtype_bytes
+    h, i = dims.hidden_size, dims.intermediate_size
     q, kv = dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
-    row = prompts * workload.text_tokens * b
     expansion = Expansion.of(fmt, dtype_bytes)
-    # A last tap behind the final norm is a state of its own beside the hidden one.
-    waiting = (passes - 1) * (taps + (dims.layers_used == dims.num_layers)) * h * row
-    held = waiting + (taps + 2) * h * row  # taps but the last, input, residual, norm
-    mask = prompts * workload.text_tokens**2
+    largest = max(batches)
+    row = largest * length * b
+    held = 3 * h * row
     peak = max(
         held + 3 * i * row,
         expansion.linear_bytes(held + i * row, h * i, i * row),
         expansion.linear_bytes(held + i * row, h * i, h * row),
-        held - h * row + (4 * q + 2 * kv) * row + mask * b,
-        waiting + 3 * taps * h * row,
+        held - h * row + (4 * q + 2 * kv) * row + largest * length**2 * b,
     )
-    tables = passes * workload.text_tokens * (2 * dims.head_dim * b + INT64_BYTES)
-    return round(peak) + tables + passes * mask
+    waiting = (sum(batches) - largest) * length * h * b
+    tables = len(batches) * length * (2 * dims.head_dim * b + INT64_BYTES)
+    return round(peak) + waiting + tables + sum(batches) * length**2
 
 
 def decoder_channels(vae: VaeSpec) -> tuple[int, ...]:
@@ -259,3 +257,15 @@ def decode_activation_bytes(vae: VaeSpec, workload: Workload, tile_px: int, dtyp
             peak = max(peak, _decoder_elements(vae, tile_w, tile_h) + vae.out_channels * finished)
     stitching = vae.out_channels * (sum(down) * sum(across) + 2 * width * height)
     return max(max(peak, stitching) + latents, 3 * latents) * dtype_bytes
+
+
+def decode_host_bytes(vae: VaeSpec, workload: Workload, dtype_bytes: int) -> int:
+    """What the host keeps at the end of decoding on a GPU: all latents, packed and unpacked, and all pictures.
+
+    Every picture lies there twice when they are joined; or, of a single one, with the bytes of asking whether it is
+    finite: its absolute values, and three booleans an element.
+    """
+    latents = workload.num_images * workload.image_tokens * vae.packed_channels * dtype_bytes
+    picture = vae.out_channels * workload.width * workload.height
+    pictures = workload.num_images * picture * dtype_bytes
+    return 2 * latents + pictures + max(pictures, picture * (dtype_bytes + 3))

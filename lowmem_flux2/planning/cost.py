@@ -14,6 +14,7 @@ from typing import NamedTuple
 from lowmem_flux2.planning.activations import (
     conditioning_peak_bytes,
     decode_activation_bytes,
+    decode_host_bytes,
     denoise_activation_bytes,
     encode_activation_bytes,
 )
@@ -74,8 +75,10 @@ class StageWork:
         kept_bytes: non-block weights that stay on the device for the whole stage.
         activation_bytes: with the weights of a quantized format that are expanded at the peak.
         once_bytes: weights and tensors that live on the device before any block is loaded, and are dropped again.
-        once_staging_bytes: host memory that those pass through.
-        host_bytes: tensors that the stage takes or leaves in RAM.
+        passing_bytes: RAM that is needed while neither arenas nor results are there: embedders pass through it, or the
+            joined results come to lie there.
+        host_bytes: tensors that the stage is given in RAM.
+        result_bytes: tensors that it makes there beside the arenas.
     """
 
     block_bytes: tuple[int, ...]
@@ -85,8 +88,9 @@ class StageWork:
     kept_bytes: int
     activation_bytes: int
     once_bytes: int = 0
-    once_staging_bytes: int = 0
+    passing_bytes: int = 0
     host_bytes: int = 0
+    result_bytes: int = 0
 
 
 def stage_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardware: Hardware) -> StageWork:
@@ -133,8 +137,9 @@ def _denoise_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwa
         activation_bytes=denoise_activation_bytes(model, workload, batch, dtype_bytes, stage.chunk_tokens, fmt),
         once_bytes=fmt.plain_bytes(dims.conditioning_weights)
         + conditioning_peak_bytes(model, workload, batch, dtype_bytes),
-        once_staging_bytes=fmt.plain_bytes(largest_embedder),
-        host_bytes=workload.num_images * text_input + 2 * noise,
+        passing_bytes=fmt.plain_bytes(largest_embedder),
+        host_bytes=workload.num_images * text_input + noise,
+        result_bytes=2 * noise,  # each batch's, and all joined
     )
 
 
@@ -142,21 +147,30 @@ def _encode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
     fmt, dims = FORMATS[stage.weight_format], model.text_encoder
     dtype_bytes, length = DTYPE_BYTES[stage.compute_dtype], workload.text_tokens
     sizes = batch_sizes(workload, stage.batch_size)[stage.cached_batches :]
-    together = min(max(len(sizes), 1), batches_a_pass(dims, stage.batch_size, length, dtype_bytes))
-    rounds = -(-len(sizes) // together)
+    most = batches_a_pass(dims, stage.batch_size, length, dtype_bytes)
+    passes = [tuple(sizes[at : at + most]) for at in range(0, len(sizes), most)]
     batches_s = sum(
         compute_seconds(hardware, stage.compute_dtype, *layer_flops(model, workload, prompts)) for prompts in sizes
     )
-    layer_ns = nanoseconds(batches_s / max(rounds, 1), 1)
-    embeddings = workload.num_prompts * workload.guidance_passes * length * dims.joint_dim * dtype_bytes
+    layer_ns = nanoseconds(batches_s / max(len(passes), 1), 1)
+    embedding = length * dims.joint_dim * dtype_bytes
+    # The tapped states of a pass come to the host first, then a batch's are laid side by side. On a CPU they are there,
+    # and the last tapped is still the batch's hidden state when the stage peaks.
+    beside = max(sizes, default=0)
+    if hardware.device == "cpu":
+        beside = -sum(passes[-1]) / len(dims.out_layers) if passes else 0
     return StageWork(
         block_bytes=tuple(block_sizes(stage, model)),
         compute_ns=(layer_ns,) * dims.layers_used,
         between_ns=0,
-        rounds=rounds,
+        rounds=len(passes),
         kept_bytes=0,  # the embedding stays in its file: only the prompts' rows are read
-        activation_bytes=encode_activation_bytes(model, workload, stage.batch_size, dtype_bytes, together, fmt),
-        host_bytes=2 * embeddings,
+        activation_bytes=max(
+            encode_activation_bytes(model, workload, batches, dtype_bytes, fmt)
+            for batches in set(passes) or {(stage.batch_size,)}
+        ),
+        passing_bytes=(sum(sizes) + workload.guidance_passes * workload.num_prompts) * embedding,  # joined, no block left
+        result_bytes=round((sum(sizes) + beside) * embedding),
     )
 
 
@@ -167,16 +181,19 @@ def _decode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
     flops *= tiled_pixels_ratio(workload.width, workload.height, stage.tile_px)
     rate = CONVOLUTION_SHARE * compute_rate(hardware, stage.compute_dtype)
     picture = vae.out_channels * workload.width * workload.height * dtype_bytes
-    latents = workload.image_tokens * vae.packed_channels * dtype_bytes
-    copies = 1 if hardware.device == "cpu" else 2  # packed, and unpacked beside those on the device
+    activations = decode_activation_bytes(vae, workload, stage.tile_px, dtype_bytes)
+    host = decode_host_bytes(vae, workload, dtype_bytes)
+    if hardware.device == "cpu":  # where pictures are joined after the last is decoded
+        latents = workload.num_images * workload.image_tokens * vae.packed_channels * dtype_bytes
+        host = max(latents + (workload.num_images - 1) * picture, host - activations)
     return StageWork(
         block_bytes=(),
         compute_ns=(),
         between_ns=nanoseconds(flops / rate + DECODER_OVERHEADS * hardware.block_overhead_s, 1),
         rounds=workload.num_images,
         kept_bytes=fmt.plain_bytes(vae.decoder_weights),
-        activation_bytes=decode_activation_bytes(vae, workload, stage.tile_px, dtype_bytes),
-        host_bytes=workload.num_images * (2 * picture + copies * latents),
+        activation_bytes=activations,
+        result_bytes=host,
     )
 
 
@@ -240,12 +257,13 @@ def device_bytes(work: StageWork, gpu: int, slots: int) -> DeviceBytes:
 
 def host_bytes(work: StageWork, tiers: Tiers, on_host: bool) -> int:
     """RAM that is not pinned, in bytes."""
-    host = LIBRARIES_HOST_BYTES + READ_BUFFER_BYTES + work.host_bytes + tiers.pageable
+    host = LIBRARIES_HOST_BYTES + READ_BUFFER_BYTES + work.host_bytes
+    beside = tiers.pageable + work.result_bytes
     if on_host:
-        return host + sum(device_bytes(work, tiers.gpu, tiers.slots))
-    # Before the arenas exist, resident blocks pass through two host buffers, and embedders through one.
-    passing = max(tiers.ring + 2 * tiers.largest_resident, work.once_staging_bytes)
-    return host + CUDA_HOST_BYTES + max(0, passing - (tiers.pinned + tiers.ring + tiers.pageable))
+        return host + beside + sum(device_bytes(work, tiers.gpu, tiers.slots))
+    # Before the arenas exist, resident blocks pass through two host buffers, and embedders tensor by tensor.
+    passing = max(tiers.ring + 2 * tiers.largest_resident, work.passing_bytes)
+    return host + CUDA_HOST_BYTES + max(beside, passing - (tiers.pinned + tiers.ring))
 
 
 def loaded_bytes(work: StageWork, tiers: Tiers) -> int:

@@ -174,6 +174,7 @@ class FakeWeights:
 
     Attributes:
         slot_bytes: what slots take on the device.
+        arena_bytes: what blocks take that rest in RAM.
         once_bytes: the device's peak before any block was loaded.
     """
 
@@ -193,6 +194,7 @@ class FakeWeights:
         self._modes = ExitStack()
         self._absent: list[torch.Tensor] = []
         self.slot_bytes = 0
+        self.arena_bytes = 0
         self.once_bytes = 0
 
     def open(self, component: Component) -> FakeTensors:
@@ -236,9 +238,8 @@ class FakeWeights:
         )
 
     def _stand_for_the_absent(self, stage: StagePlan, sizes: Sequence[int], device: torch.device) -> None:
-        if not self._repeats:
-            return
-        whole = [size * count for size, count in zip(sizes, self._repeats, strict=True)]
+        whole = [size * count for size, count in zip(sizes, self._repeats or [1] * len(sizes), strict=True)]
+        self.arena_bytes = sum(_arena_bytes(stage, whole, where) for where in (Placement.PINNED, Placement.PAGEABLE))
         for placement in (Placement.GPU, Placement.PINNED, Placement.PAGEABLE):
             missing = _arena_bytes(stage, whole, placement) - _arena_bytes(stage, sizes, placement)
             where = device if placement is Placement.GPU else torch.device("cpu")

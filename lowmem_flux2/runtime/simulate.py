@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_flux2.planning.models import ModelSpec
-from lowmem_flux2.planning.plan import Plan, Stage, StagePlan
+from lowmem_flux2.planning.plan import Stage, StagePlan
 from lowmem_flux2.planning.tiles import tile_starts
 from lowmem_flux2.planning.workload import Request, Workload
 from lowmem_flux2.runtime.alike import Cut, cut_text_encoder, cut_transformer
@@ -41,7 +41,8 @@ class SimulatedStage:
     Attributes:
         resident_bytes: weights that stay on the device: resident blocks and what lies outside blocks.
         slot_bytes: device buffers of streamed blocks.
-        activation_bytes: what the device's peak holds besides; on ``device=cpu`` with the stage's inputs and results.
+        activation_bytes: what the device's peak holds besides; on ``device=cpu`` with the stage's inputs and results,
+            and blocks that rest in RAM.
         host_bytes: the host's peak, arenas, ring, inputs and results; 0 on ``device=cpu``, where there is one memory.
     """
 
@@ -56,20 +57,6 @@ class SimulatedStage:
         return self.resident_bytes + self.slot_bytes + self.activation_bytes
 
 
-def simulate_plan(plan: Plan, model: ModelSpec, folder: Path, *, every_block: bool = False) -> list[SimulatedStage]:
-    """Simulate each stage of a plan.
-
-    Args:
-        folder: holds the model's config files; its weights are not read.
-        every_block: run all blocks, layers and tiles, not only those that differ.
-    """
-    on_host = plan.hardware.device == "cpu"
-    return [
-        simulate_stage(stage, plan.workload, model, folder, on_host=on_host, every_block=every_block)
-        for stage in plan.stages
-    ]
-
-
 def simulate_stage(
     stage: StagePlan,
     workload: Workload,
@@ -79,7 +66,13 @@ def simulate_stage(
     on_host: bool = False,
     every_block: bool = False,
 ) -> SimulatedStage:
-    """Simulate one stage; arguments as those of ``simulate_plan``."""
+    """Simulate one stage.
+
+    Args:
+        folder: holds the model's config files; its weights are not read.
+        on_host: on ``device=cpu``, with its kernels; else on a GPU.
+        every_block: run all blocks, layers and tiles, not only those that differ.
+    """
     with TemporaryDirectory() as made:
         cut = None
         if not every_block and stage.stage == "denoise":
@@ -110,7 +103,7 @@ class _Run:
     def simulated(self, stage: Stage) -> SimulatedStage:
         """Read the meters, while the modes are still on."""
         device, slots = self._device.type, self.weights.slot_bytes
-        resident = self._loaded_bytes - slots
+        resident = self._loaded_bytes - slots - (self.weights.arena_bytes if device == "cpu" else 0)
         peak = max(self._live.peak_bytes[device], self.weights.once_bytes)
         host = 0 if device == "cpu" else self._live.peak_bytes["cpu"]
         return SimulatedStage(stage, resident, slots, peak - resident - slots, host)

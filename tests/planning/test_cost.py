@@ -165,8 +165,11 @@ def test_traffic_is_counted_per_round() -> None:
 @pytest.mark.parametrize("profile", ["rtx-3060-12gb", "cpu"])
 def test_pictures_of_a_large_run_count_in_ram(profile: str) -> None:
     one, many = (plan_for(KLEIN_4B, profile, 64, images=images).stage("decode").cost for images in (1, 200))
-    picture, latents = 3 * 1024**2 * BF16, 128 * 64**2 * BF16  # each picture twice, its latents packed and unpacked
-    assert many.host_bytes - one.host_bytes == pytest.approx(199 * 2 * (picture + latents), rel=0.01)
+    picture, latents = 3 * 1024**2 * BF16, 128 * 64**2 * BF16
+    if profile == "cpu":  # once the decoder is gone each picture is there twice: in its batch's place, and joined
+        assert many.peak_ram_bytes - many.resident_bytes - many.margin_bytes >= 200 * 2 * (picture + latents)
+    else:
+        assert many.host_bytes - one.host_bytes == pytest.approx(199 * 2 * (picture + latents), rel=0.01)
 
 
 def test_a_class_that_the_device_lacks_runs_at_the_fp32_rate() -> None:

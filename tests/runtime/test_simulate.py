@@ -27,7 +27,7 @@ from lowmem_flux2.runtime.inputs import Inputs
 from lowmem_flux2.runtime.live import LiveBytes, rounded
 from lowmem_flux2.runtime.observer import Silent
 from lowmem_flux2.runtime.prepare import prepare
-from lowmem_flux2.runtime.simulate import SimulatedStage, simulate_plan, simulate_stage
+from lowmem_flux2.runtime.simulate import SimulatedStage, simulate_stage
 from lowmem_flux2.runtime.store import PreparedStore
 from lowmem_flux2.runtime.streaming import BlockStreamer
 from lowmem_flux2.runtime.weights import CheckpointWeights
@@ -197,7 +197,8 @@ def test_simulated_bytes_equal_those_of_a_real_run(
     )
     plan, request = planned(source, selection)
     real = measured(plan, request, source, cache)
-    for stage in simulate_plan(plan, source.spec, source.configs):
+    for planned_stage in plan.stages:
+        stage = simulate_stage(planned_stage, plan.workload, source.spec, source.configs, on_host=True)
         assert stage.device_bytes - inputs_bytes(plan, source, stage.stage) == real.peak_bytes(stage.stage), stage
 
 
