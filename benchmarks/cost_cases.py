@@ -19,7 +19,7 @@ from lowmem_flux2.simulating import Comparison, compare_stage
 MODELS = ("flux2-dev", "flux2-klein-4b", "flux2-klein-9b", "flux2-klein-base-4b", "flux2-klein-base-9b")
 FORMATS = ("plain", "int8", "int4", "nf4", "fp8")
 PLACEMENTS = ("resident", "pinned", "disk", "mixed")
-CHUNKS = (0, 512, 2048)
+CHUNKS = (0,)
 TILES = (0, *TILE_SIDES_PX)
 MIXED = (Placement.GPU, Placement.PINNED, Placement.PAGEABLE, Placement.DISK, Placement.GPU)
 COMPONENTS = {"encode": "text_encoder", "denoise": "transformer", "decode": "vae"}

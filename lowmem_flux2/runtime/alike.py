@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Placement, StagePlan
 
 REPEATS_RUN = 2
-"""The first block of a row meets what came before it, the second is as all that follow."""
+"""The first block of a row meets what came before it, the second is as all that follow; and resident blocks are loaded
+through two buffers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +33,12 @@ class Cut:
 
 
 def cut_transformer(folder: Path, model: ModelSpec, stage: StagePlan, into: Path) -> Cut:
-    """Keep two blocks of each kind and placement, or as many as there are slots."""
+    """Keep two blocks of each kind, one of each placement, and as many streamed ones as there are slots."""
     doubles, singles = model.transformer.num_double, model.transformer.num_single
     placed = stage.block_placements
     kept, repeats = [], []
     for kind in (placed[:doubles], placed[doubles:]):
-        chosen, counts = _chosen(kind, max(REPEATS_RUN, stage.slots))
+        chosen, counts = _chosen(kind, stage.slots, REPEATS_RUN)
         kept.append(chosen)
         repeats += counts
     dims = replace(model.transformer, num_double=len(kept[0]), num_single=len(kept[1]))
@@ -52,23 +54,19 @@ def cut_transformer(folder: Path, model: ModelSpec, stage: StagePlan, into: Path
 
 
 def cut_text_encoder(folder: Path, model: ModelSpec, stage: StagePlan, into: Path) -> Cut | None:
-    """Keep two layers before each tap, and two or more of each placement. None where nothing would be left out.
+    """Keep two layers before each tap, and as ``cut_transformer`` of placements. None where nothing would be left out.
 
     The number of layers between two taps decides nothing else: states tapped so far, and one hidden state.
     """
     dims = model.text_encoder
     taps = len(dims.out_layers)
-    chosen, repeats = _chosen(stage.block_placements, max(REPEATS_RUN, stage.slots))
-    per_tap = max(REPEATS_RUN, -(-len(chosen) // taps))
+    least = len(_chosen(stage.block_placements, stage.slots, taps * REPEATS_RUN)[0])
+    per_tap = -(-least // taps)
     count = taps * per_tap
     gaps = [after - before for before, after in zip((0, *dims.out_layers), dims.out_layers, strict=False)]
     if count >= dims.layers_used or min(gaps) < REPEATS_RUN:
         return None
-    while len(chosen) < count:  # give back blocks that were left out, from the row with most of them
-        at = max(range(len(chosen)), key=lambda index: repeats[index])
-        repeats[at] -= 1
-        chosen.insert(at + 1, chosen[at])
-        repeats.insert(at + 1, 1)
+    chosen, repeats = _chosen(stage.block_placements, stage.slots, count)
     layers = count + (1 if dims.num_layers > dims.layers_used else 0)
     cut = replace(dims, num_layers=layers, out_layers=tuple(per_tap * (tap + 1) for tap in range(taps)))
     _copy_configs(folder, into, "text_encoder", {"num_hidden_layers": layers}, nested="text_config")
@@ -80,16 +78,27 @@ def cut_text_encoder(folder: Path, model: ModelSpec, stage: StagePlan, into: Pat
     )
 
 
-def _chosen(placed: Sequence[Placement], most: int) -> tuple[list[Placement], list[int]]:
-    """At most ``most`` blocks of each placement, in order; the last of each stands for those left out."""
-    kept: list[Placement] = []
-    repeats: list[int] = []
-    for placement in dict.fromkeys(placed):
-        count = sum(1 for each in placed if each is placement)
-        run = min(count, most)
-        kept += [placement] * run
-        repeats += [1] * (run - 1) + [count - run + 1]
-    return kept, repeats
+def _chosen(placed: Sequence[Placement], slots: int, least: int) -> tuple[list[Placement], list[int]]:
+    """Placements of at least ``least`` blocks, where there are so many, and how many blocks each stands for."""
+    counts = Counter(placed)
+    streamed = sum(count for placement, count in counts.items() if placement is not Placement.GPU)
+    kept = Counter(dict.fromkeys(counts, 1))
+    kept[Placement.GPU] = min(REPEATS_RUN, counts[Placement.GPU])
+    while kept.total() < min(least, len(placed)) or kept.total() - kept[Placement.GPU] < min(slots, streamed):
+        is_short = kept.total() - kept[Placement.GPU] < min(slots, streamed)
+        left = {
+            placement: counts[placement] - kept[placement]
+            for placement in counts
+            if not is_short or placement is not Placement.GPU
+        }
+        kept[max(left, key=lambda placement: left[placement])] += 1
+    chosen = [placement for placement in counts for _ in range(kept[placement])]
+    repeats = [
+        counts[placement] - kept[placement] + 1 if number == 0 else 1
+        for placement in counts
+        for number in range(kept[placement])
+    ]
+    return chosen, repeats
 
 
 def _copy_configs(folder: Path, into: Path, component: str, changed: dict[str, Any], nested: str | None) -> None:

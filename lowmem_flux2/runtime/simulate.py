@@ -8,7 +8,7 @@ workspaces and the CUDA context are not in them: those are the plan's margin and
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,17 +116,19 @@ class _Run:
     def encode(self) -> None:
         stage, work = self._cut.stage, self._workload
         batches = _batches(work.num_prompts, stage.batch_size)
+        width = self._cut.model.text_encoder.joint_dim
         tokenizer = cast(PreTrainedTokenizerBase, _Tokenizer())
         arguments = (self._cut.folder, self._cut.model, stage, self._device, _quiet, self.weights)
         results: list[list[torch.Tensor]] = []
         with closing(TextEncoder(*arguments, passes=len(batches), tokenizer=tokenizer)) as encoder:
             self._loaded()
             for number, size in enumerate(batches):
-                if 0 < number < len(batches) - 1:
-                    results.append([torch.empty_like(group) for group in results[0]])
-                else:
+                if number in self._run_of(batches):
                     groups = [("prompt",) * size] * work.guidance_passes
                     results.append(encoder.encode(groups, work.text_tokens))
+                else:
+                    shape = (size, work.text_tokens, width)
+                    results.append([torch.empty(shape, dtype=self._dtype) for _ in range(work.guidance_passes)])
         for group in range(work.guidance_passes):
             torch.cat([made[group] for made in results])
 
@@ -136,6 +138,7 @@ class _Run:
         request = _request(work)
         denoiser = _Denoiser(self._cut.folder, model, stage, request, self._device, _quiet, self.weights)
         denoiser.reference_tokens = work.reference_tokens
+        denoiser.run_batches = self._run_of(_batches(work.num_images, stage.batch_size))
         shape = (work.num_images, channels, work.height // multiple, work.width // multiple)
         noise = torch.empty(shape, dtype=self._dtype)
         embeds = [
@@ -155,26 +158,35 @@ class _Run:
         packed = torch.empty(work.num_images, height * width, model.transformer.in_channels, dtype=self._dtype)
         latents = decoder.unpack(packed, height, width)
         kept = latents.to("cpu")
-        pictures = [decoder.decode(latents[:1])]
-        pictures += [torch.empty_like(pictures[0]) for _ in range(work.num_images - 2)]
-        if work.num_images > 1:
-            pictures.append(decoder.decode(latents[:1]))
+        pictures: list[torch.Tensor] = []
+        for number in range(work.num_images):
+            if number in self._run_of([1] * work.num_images):
+                pictures.append(decoder.decode(latents[:1]))
+            else:
+                pictures.append(torch.empty(1, model.vae.out_channels, work.height, work.width, dtype=self._dtype))
         torch.cat(pictures)
         del kept
 
+    def _run_of(self, batches: Sequence[int]) -> set[int]:
+        """Which batches are run: all, or the last, which meets all other results, and the first if that is larger."""
+        if not self._alike:
+            return set(range(len(batches)))
+        return {len(batches) - 1} | ({0} if batches[0] > batches[-1] else set())
+
 
 class _Denoiser(Denoiser):
-    """The executor's, with two steps of the first and the last batch for all of them.
+    """The executor's, with two steps for all of them, and of some batches only.
 
     Reference tokens are joined to the image's at each step, as Flux2Pipeline does with their packed latents and ids.
     """
 
     reference_tokens = 0
+    run_batches: Container[int] = ()
+    _references = torch.empty(0)
 
     def _run(self, noise: torch.Tensor, progress: Progress, timesteps: Any, sigmas: Any, steps: Any, *rest: Any) -> Any:
-        done, batches = len(progress.finished), len(_batches(self._request.num_images, self._stage.batch_size))
-        if 0 < done < batches - 1:
-            return torch.empty_like(progress.finished[0])
+        if len(progress.finished) not in self.run_batches:
+            return torch.empty(len(noise), noise[0, 0].numel(), noise.shape[1], dtype=noise.dtype)
         return super()._run(noise, progress, timesteps, sigmas, steps[:STEPS_RUN], *rest)
 
     def _pass(self, text: torch.Tensor, image_ids: torch.Tensor) -> Any:
@@ -193,8 +205,6 @@ class _Denoiser(Denoiser):
             self._references = torch.empty(shape, dtype=self._dtype, device=self._device)
         joined = torch.cat([latents, self._references], dim=1)
         return super()._predict(joined, *rest)[:, :tokens]
-
-    _references = torch.empty(0)
 
 
 class _Decoder(Decoder):
