@@ -71,6 +71,7 @@ def generate(
 
     lowmem-flux2 generate -p "a large red circle in the center on a blue background" -s 0
     """
+    from lowmem_flux2 import preparing
     from lowmem_flux2.planning.explain import explain
     from lowmem_flux2.runtime.cache import cache_folder, prompt_cache_limit, prompt_files
     from lowmem_flux2.runtime.picture import OutputPattern, check_writable
@@ -108,14 +109,15 @@ def generate(
         made = replay(replayed, asked.source, asked.machine, asked.request, plan, selection)
     else:
         asked = resolve(flags, fit, selection, prompts)
-        made = plan_job(asked.source, asked.machine, asked.request, selection, running=True)
+        prepared = preparing.prepared_of(asked.source, preparing.cache_of(cache_dir))
+        made = plan_job(asked.source, asked.machine, asked.request, selection, running=True, prepared=prepared)
     seeds = image_seeds(seed, asked.request.num_images)
     if prompt_bytes and prompt_files(cache_folder(cache_dir)) and not made.not_executable:
         from lowmem_flux2.runtime.prompt_cache import expecting_cached  # torch is imported only where it can matter
 
         made = expecting_cached(made, asked.source, asked.request, asked.machine.device_name, cache_folder(cache_dir))
     if not quiet or dry_run:
-        out.print(explain(made))
+        out.print(explain(made, asked.source.spec))
     if dry_run:
         return
     if made.not_executable:
@@ -147,20 +149,44 @@ def plan(
     flags: RequestFlags,
     fit: FitFlags,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, to read or to replay.")] = False,
+    pareto: Annotated[
+        bool,
+        typer.Option("--pareto", help="Also what could be planned instead: memory against time, and each neighbour."),
+    ] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="Print what is planned on every card, or on --profile's, as Markdown.")
+    ] = False,
+    cache_dir: opt.CacheDir = None,
 ) -> None:
     """Say what would run, where, and what it would cost; loads nothing.
 
     lowmem-flux2 plan -m flux2-dev --profile rtx-3060-12gb --max-ram 32GiB
     """
+    if table:
+        from lowmem_flux2.tables import MODELS, document
+
+        profiles = list_profiles() if fit.profile == "auto" else [fit.profile]
+        sys.stdout.write(document(profiles, [flags.model] if flags.model else MODELS))
+        return
+    from lowmem_flux2 import preparing
+
     prompts = read_prompts(flags.prompt, flags.prompt_file)
     asked = resolve(flags, fit, selection_of(fit), prompts, without_prompt="(no prompt)")
-    made = plan_job(asked.source, asked.machine, asked.request, asked.selection)
+    prepared = preparing.prepared_of(asked.source, preparing.cache_of(cache_dir))
+    made = plan_job(asked.source, asked.machine, asked.request, asked.selection, prepared=prepared)
+    from lowmem_flux2.planning.alternatives import alternatives_of, shown
+
+    beside = alternatives_of(made, asked.source.spec, asked.selection) if pareto else None
     if as_json:
-        sys.stdout.write(json.dumps(made.to_json(), indent=2) + "\n")
+        found = beside.to_json() if beside is not None else {}
+        sys.stdout.write(json.dumps(made.to_json() | found, indent=2) + "\n")
         return
     from lowmem_flux2.planning.explain import explain
+    from lowmem_flux2.planning.improvements import improvements_of
 
-    out.print(explain(made))
+    out.print(explain(made, asked.source.spec, improvements_of(made, asked.source.spec, asked.selection)))
+    if beside is not None:
+        out.print(shown(beside))
 
 
 @app.command()

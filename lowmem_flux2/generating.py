@@ -131,7 +131,7 @@ def decode(
     with ConsoleObserver(output.err, output.quiet) as observer:
         engine = Engine.of(source, machine, selection, running, observer)
         if dry or not output.quiet:
-            output.out.print(explain(engine.plan_resume(latents)))
+            output.out.print(explain(engine.plan_resume(latents), source.spec))
         if dry:
             return
         try:

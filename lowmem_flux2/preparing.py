@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -14,6 +15,8 @@ from lowmem_flux2.console import ConsoleObserver
 from lowmem_flux2.errors import CheckpointBroken, UsageError
 from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.job import Machine
+from lowmem_flux2.planning.models import Component
+from lowmem_flux2.planning.preparation import Prepared
 from lowmem_flux2.planning.selection import Selection, check_selection, compute_dtype
 from lowmem_flux2.planning.sources import ModelSource
 from lowmem_flux2.planning.support import LIBRARY_OF, SUPPORTED
@@ -31,6 +34,22 @@ def cache_of(given: Path | None) -> Path:
 
 def _entries(cache: Path) -> list[Path]:
     return sorted(path.parent for path in (cache / "prepared").glob(f"*/{MANIFEST}") if path.parent.name[0] != ".")
+
+
+def prepared_of(source: ModelSource, cache: Path) -> Prepared:
+    """What the store holds of a model whose files are here, by its manifests. Never imports torch.
+
+    An entry of files that have changed since counts too: a run sees that, and prepares anew.
+    """
+    found: set[tuple[Component, str, str]] = set()
+    if source.folder is None:
+        return found
+    for folder in _entries(cache):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            if raw["source"] == str(source.folder.resolve()):
+                found.add((raw["component"], raw["weight_format"], raw["dtype"]))
+    return found
 
 
 def listing(cache: Path) -> Table:

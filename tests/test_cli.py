@@ -204,6 +204,33 @@ def test_plan_json_follows_the_contract_and_replays(run: Run) -> None:
     _fails(chosen, 2, "--plan", "--dtype")
 
 
+def test_a_plan_with_its_alternatives_is_read_and_replays(run: Run) -> None:
+    ran = run("plan", "-m", "shapes", "--json", "--pareto", "--steps", "2")
+    assert ran.code == 0
+    plan = json.loads(ran.out)
+    assert plan["pareto"] and plan["rejected"]
+    assert {"peak_vram_bytes", "time_s", "fidelity_error"} <= plan["pareto"][0].keys()
+    Path("plan.json").write_text(ran.out)
+    assert run("generate", "-p", PROMPT, "--plan", "plan.json", "-s", "1", "-o", "a.png").code == 0
+
+
+def test_a_plan_explains_itself_on_one_screen(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("plan", "-m", "flux2-dev", "--profile", "rtx-4090-24gb", "--max-ram", "48GiB")
+    text = run(*arguments).out
+    for words in ("predicted: peak VRAM", "before the first run: prepare", "denoise, one step", "what would help"):
+        assert words in text
+    assert "not taken" not in text
+    assert "not taken" in run(*arguments, "--pareto").out
+
+
+def test_a_table_of_plans_for_one_card_and_model(run: Run) -> None:
+    ran = run("plan", "--table", "--profile", "rtx-4090-24gb", "-m", "flux2-klein-4b")
+    assert ran.code == 0
+    lines = [line for line in ran.out.splitlines() if line.startswith("| rtx")]
+    assert lines
+    assert all(line.startswith("| rtx-4090-24gb | klein-4b |") for line in lines)
+
+
 def test_dry_run_loads_and_writes_nothing(run: Run) -> None:
     ran = run("generate", "-p", PROMPT, "--dry-run")
     assert ran.code == 0

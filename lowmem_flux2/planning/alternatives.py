@@ -10,6 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
 from lowmem_flux2.planning.candidates import Job, fits
 from lowmem_flux2.planning.cost import block_sizes
 from lowmem_flux2.planning.models import ModelSpec
@@ -72,6 +76,29 @@ class Alternatives:
             "pareto": [asdict(point) for point in self.front],
             "rejected": [asdict(neighbour) for neighbour in self.rejected],
         }
+
+
+def shown(found: Alternatives) -> RenderableType:
+    """Two tables: the front, and the neighbours."""
+    front = Table(title="nothing beats these in peak memory, time and fidelity at once", title_justify="left", box=None)
+    for heading in ("peak VRAM", "peak RAM", "time", "error", "transformer", "text encoder", "resident/streamed"):
+        front.add_column(heading, justify="left" if heading in ("transformer", "text encoder") else "right")
+    for point in found.front:
+        front.add_row(
+            format_bytes(point.peak_vram_bytes),
+            format_bytes(point.peak_ram_bytes),
+            format_seconds(point.time_s),
+            f"{point.fidelity_error:.2g}",
+            point.weight_format,
+            point.text_weight_format,
+            f"{point.resident}/{point.streamed}",
+        )
+    others = Table(title="not taken", title_justify="left", box=None)
+    for heading in ("stage", "change", "why not"):
+        others.add_column(heading)
+    for neighbour in found.rejected:
+        others.add_row(neighbour.stage, neighbour.change, neighbour.why)
+    return Group(Text(), front, Text(), others)
 
 
 def alternatives_of(plan: Plan, model: ModelSpec, selection: Selection, support: Support = SUPPORTED) -> Alternatives:
@@ -246,7 +273,7 @@ def _other_tiers(chosen: StagePlan, job: Job) -> Iterator[tuple[str, StagePlan]]
             replace(chosen, block_placements=(Placement.GPU,) * len(placements), slots=0, prefetch_depth=0),
         )
     if resident and streamed:
-        yield "one block fewer resident", moved(resident[-1], placements[streamed[0]])
+        yield "one block fewer resident", moved(resident[-1], placements[streamed[-1]])
     if on_disk and job.hardware.device == "cuda":
         yield "one more block in RAM", moved(on_disk[0], Placement.PAGEABLE)
     if Placement.PINNED in placements:

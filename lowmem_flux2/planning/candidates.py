@@ -119,11 +119,11 @@ class Job:
         placement = self.selection.placement
         for variant in (variant for family in families or self.families(stage) for variant in family):
             blocks = variant.blocks
-            for slots, all_in_ram, numbers in cuts(blocks, placement):
-                if slots > 1 or (slots and all_in_ram and placement == "auto"):
+            for slots, others, numbers in cuts(blocks, placement):
+                if slots > 1 or (slots and others == "ram" and placement == "auto"):
                     continue  # one slot needs least; its ring is never larger than the blocks that need not rest in RAM
                 for resident in numbers:
-                    end = blocks.total if all_in_ram else resident
+                    end = blocks.total if others == "ram" else resident
                     pinned = end if placement == "pinned" else resident
                     yield Least(blocks.vram(resident, slots), *blocks.ram_and_pinned(resident, pinned, end, slots))
 

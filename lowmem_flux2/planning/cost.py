@@ -340,6 +340,7 @@ def stage_cost(stage: StagePlan, model: ModelSpec, workload: Workload, hardware:
         context_bytes=0 if on_host else hardware.context_bytes,
         host_pinned_bytes=tiers.pinned + pinned_ring,
         host_bytes=host_bytes(work, tiers, on_host) + tiers.ring - pinned_ring,
+        host_pageable_bytes=tiers.pageable,
         disk_bytes=loaded_bytes(work, tiers) + work.rounds * tiers.disk,
         h2d_bytes=0
         if on_host

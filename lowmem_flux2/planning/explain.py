@@ -1,22 +1,32 @@
-"""A plan in words and numbers: what each stage holds, what it costs, and why it was chosen."""
+"""A plan in words and numbers, on one screen: what each stage holds, how a step goes, what it costs, and why."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lowmem_flux2.planning.bars import bar, device_parts, host_parts, legend, step_lanes
 from lowmem_flux2.planning.batches import batch_sizes
-from lowmem_flux2.planning.plan import Placement, Plan, StagePlan
-from lowmem_flux2.units import format_bytes, format_seconds
+from lowmem_flux2.planning.models import ModelSpec
+from lowmem_flux2.planning.plan import Placement, Plan
+from lowmem_flux2.units import GIB, format_bytes, format_seconds
 
-BAR_WIDTH = 44
-_KINDS = (("context", "░"), ("resident", "█"), ("slots", "▓"), ("activations", "▒"), ("margin", "·"))
+BOTTLENECK_WORDS = {"compute": "compute", "link": "h2d link", "disk": "disk", "load": "loading"}
 
 
-def explain(plan: Plan) -> RenderableType:
-    """One screen: the promise, a bar and a line of reasons for each stage."""
-    return Group(_headline(plan), Text(), _stages(plan), *_bars(plan), Text(), *_reasons(plan))
+def explain(plan: Plan, model: ModelSpec, improvements: Sequence[str] = ()) -> RenderableType:
+    """The promise, the stages, a bar of memory for each, a step's time line, the reasons.
+
+    Args:
+        improvements: what would help, see ``improvements``.
+    """
+    lines = [*_bars(plan), Text(), *map(Text, step_lanes(plan, model)), Text(), *_reasons(plan)]
+    if improvements:
+        lines.append(Text("what would help: " + "; ".join(improvements), style="bold"))
+    return Group(_headline(plan), Text(), _stages(plan), Text(), *lines)
 
 
 def _headline(plan: Plan) -> Text:
@@ -29,68 +39,60 @@ def _headline(plan: Plan) -> Text:
         f"{', two guidance passes' if work.guidance_passes == 2 else ''}, {work.text_tokens} text tokens, "
         f"prefer {plan.prefer}\n"
     )
-    promise = [f"peak RAM {format_bytes(plan.peak_ram_bytes)} of {format_bytes(plan.limits.ram_bytes)}"]
+    promise = [f"peak RAM {_of(plan.peak_ram_bytes, plan.limits.ram_bytes)}", f"about {format_seconds(plan.time_s)}"]
     if plan.hardware.device == "cuda":
-        promise.insert(0, f"peak VRAM {format_bytes(plan.peak_vram_bytes)} of {format_bytes(plan.limits.vram_bytes)}")
-    promise.append(f"about {format_seconds(plan.time_s)}")
-    promise.append(
-        f"weight error {plan.fidelity_error:.2g}" if plan.fidelity_error else "weights exact (the checkpoint's own)"
-    )
+        promise.insert(0, f"peak VRAM {_of(plan.peak_vram_bytes, plan.limits.vram_bytes)}")
+    promise.append(f"weight error {plan.fidelity_error:.2g}" if plan.fidelity_error else "weights exact")
     text.append("predicted: " + ", ".join(promise))
+    if plan.preparations:
+        made = " and ".join(f"{each.component} in {each.weight_format}" for each in plan.preparations)
+        written = format_bytes(sum(each.write_bytes for each in plan.preparations))
+        text.append(
+            f"\nbefore the first run: prepare {made}, about {format_seconds(plan.prepare_s)}, {written} of disk"
+        )
     for missing in plan.not_executable:
         text.append(f"\nthis version cannot run it yet: {missing}", style="bold red")
     return text
 
 
+def _of(part_bytes: int, whole_bytes: int) -> str:
+    return f"{part_bytes / GIB:.2f}/{whole_bytes / GIB:.2f} GiB"
+
+
 def _stages(plan: Plan) -> Table:
-    table = Table(show_edge=False, pad_edge=False)
-    for heading in ("stage", "weights", "compute", "blocks gpu/pin/page/disk", "batch", "load", "run"):
-        table.add_column(heading, justify="left" if heading in ("stage", "weights", "compute") else "right")
+    table = Table(show_edge=False, pad_edge=False, box=None)
+    left = ("stage", "weights", "compute", "most time")
+    for heading in ("stage", "weights", "compute", "gpu/pin/page/disk", "batch", "load", "run", "most time"):
+        table.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
     for stage in plan.stages:
         counts = "/".join(str(stage.count(placement)) for placement in Placement) if stage.block_placements else "whole"
         if plan.is_cached(stage):
             counts = "from the prompt cache"
-        tile = f", tiles {stage.tile_px} px" if stage.tile_px else ""
+        options = [f"tiles {stage.tile_px} px"] if stage.tile_px else []
+        options += [f"chunks of {stage.chunk_tokens}"] if stage.chunk_tokens else []
+        options += [f"cache {stage.step_cache}"] if stage.step_cache != "off" else []
         table.add_row(
-            f"{stage.stage} ({stage.component})",
+            stage.stage,
             stage.weight_format,
             stage.compute_dtype,
-            counts + tile,
+            ", ".join([counts, *options]),
             str(stage.batch_size),
             format_seconds(stage.cost.load_s),
             format_seconds(stage.cost.run_s),
+            BOTTLENECK_WORDS[stage.cost.bottleneck],
         )
     return table
 
 
 def _bars(plan: Plan) -> list[Text]:
-    """Memory of the compute device by kind, against the cap."""
-    cap = plan.limits.vram_bytes if plan.hardware.device == "cuda" else plan.limits.ram_bytes
-    where = "VRAM" if plan.hardware.device == "cuda" else "RAM"
-    legend = "  ".join(f"{mark} {kind}" for kind, mark in _KINDS)
-    lines = [Text(f"\n{where} against {format_bytes(cap)}:  {legend}", style="dim")]
-    for stage in plan.stages:
-        cost = stage.cost
-        libraries = cost.host_bytes if not cost.on_host else _libraries(stage)
-        parts = (
-            cost.context_bytes if not cost.on_host else libraries,
-            cost.resident_bytes,
-            cost.slot_bytes,
-            cost.activation_bytes,
-            cost.margin_bytes,
-        )
-        bar = "".join(
-            mark * round(BAR_WIDTH * size / cap) for (_, mark), size in zip(_KINDS, parts, strict=True) if cap
-        )
-        peak = cost.peak_ram_bytes if cost.on_host else cost.peak_vram_bytes
-        sizes = ", ".join(f"{kind} {format_bytes(size)}" for (kind, _), size in zip(_KINDS, parts, strict=True) if size)
-        lines.append(Text(f"{stage.stage:8}|{bar[:BAR_WIDTH]:{BAR_WIDTH}}| {format_bytes(peak)}: {sizes}"))
+    """Memory by kind against the budget: the compute device's, and beside a GPU the host's."""
+    on_gpu = plan.hardware.device == "cuda"
+    budgets = [("VRAM", plan.limits.vram_bytes, device_parts), ("RAM", plan.limits.ram_bytes, host_parts)]
+    lines = []
+    for where, cap, parts in budgets if on_gpu else [("RAM", plan.limits.ram_bytes, device_parts)]:
+        lines.append(Text(f"{where} of {format_bytes(cap)}:  {legend(parts(plan.stages[0]))}", style="dim"))
+        lines += [Text(bar(stage.stage, parts(stage), cap)) for stage in plan.stages]
     return lines
-
-
-def _libraries(stage: StagePlan) -> int:
-    cost = stage.cost
-    return cost.host_bytes - cost.resident_bytes - cost.slot_bytes - cost.activation_bytes - cost.margin_bytes
 
 
 def _reasons(plan: Plan) -> list[Text]:

@@ -17,6 +17,7 @@ from lowmem_flux2.planning.detect import NvmlCard, available_ram_bytes, detect, 
 from lowmem_flux2.planning.hardware import Hardware, load_profile
 from lowmem_flux2.planning.plan import STAGES, Plan
 from lowmem_flux2.planning.planner import make_plan
+from lowmem_flux2.planning.preparation import Prepared
 from lowmem_flux2.planning.replay import check_replay
 from lowmem_flux2.planning.selection import Selection, limits_of, with_ram_for
 from lowmem_flux2.planning.sources import ModelSource
@@ -78,6 +79,7 @@ def plan_job(
     support: Support = SUPPORTED,
     running: bool = False,
     decode_images: int | None = None,
+    prepared: Prepared = (),
 ) -> Plan:
     """The plan for a request on a machine.
 
@@ -86,6 +88,7 @@ def plan_job(
         running: about to run here. Memory that others hold now is out of reach, and so is what a named profile assumes
             but this machine lacks: the plan keeps to the RAM that is free here and, for a CUDA profile, to the VRAM
             that is free on the card (where NVML sees one).
+        prepared: what the prepared store is known to hold of this model.
 
     Raises:
         UsageError: a selection that cannot be honoured.
@@ -110,6 +113,7 @@ def plan_job(
             guidance_scale=request.guidance_scale,
             support=support,
             stages=stages,
+            prepared=prepared,
         )
     except DoesNotFit as error:
         closest: tuple[str, ...]

@@ -47,8 +47,9 @@ NON_BLOCK_OF = {"encode": Placement.DISK, "denoise": Placement.GPU, "decode": Pl
 class StageCost:
     """Predicted cost of one stage. Sizes in bytes, times in seconds.
 
-    ``host_bytes`` counts everything resident in RAM that is not pinned: Python and libraries, the pageable arena, what
-    loading passes through, the stage's results, and on ``device=cpu`` the resident weights, slots and activations too.
+    ``host_bytes`` counts everything resident in RAM that is not pinned: Python and libraries, the pageable arena (that
+    is ``host_pageable_bytes``), what loading passes through, the stage's results, and on ``device=cpu`` the resident
+    weights, slots and activations too.
     ``activation_bytes`` includes the format's transient, and the conditioning weights where they need more than what
     comes after them. ``time_s`` is ``load_s + run_s``, from a cold page cache. While the stage runs, three lanes work,
     at the same time where they can: ``compute_s``, ``copy_s`` (streamed blocks to the device) and ``read_s`` (streamed
@@ -63,6 +64,7 @@ class StageCost:
     context_bytes: int = 0
     host_pinned_bytes: int = 0
     host_bytes: int = 0
+    host_pageable_bytes: int = 0
     disk_bytes: int = 0
     h2d_bytes: int = 0
     load_s: float = 0.0
@@ -206,12 +208,24 @@ class FormatChange:
 
 
 @dataclass(frozen=True, slots=True)
+class Preparation:
+    """A component to be quantized into the prepared store before the first run: bytes read and written, seconds."""
+
+    component: Component
+    weight_format: str
+    read_bytes: int
+    write_bytes: int
+    time_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """One plan for one workload on one machine; its peaks are the maxima over its stages.
 
     All stages are there, or decode alone, where latents come from a file. ``guidance_scale`` is the request's: it
     decides pixels, and no cost beyond ``workload.guidance_passes``. ``format_changes`` is filled while the plan is
-    carried out.
+    carried out. ``time_s`` is that of each run; what must be prepared before the first one, as far as is known, comes
+    beside it.
     """
 
     schema_version: int
@@ -225,6 +239,7 @@ class Plan:
     stages: tuple[StagePlan, ...]
     not_executable: tuple[str, ...] = ()
     format_changes: tuple[FormatChange, ...] = ()
+    preparations: tuple[Preparation, ...] = ()
 
     def stage(self, name: Stage) -> StagePlan:
         return next(stage for stage in self.stages if stage.stage == name)
@@ -261,6 +276,11 @@ class Plan:
         return sum(stage.cost.time_s for stage in self.stages)
 
     @property
+    def prepare_s(self) -> float:
+        """Before the first run with these formats, and never again."""
+        return sum(preparation.time_s for preparation in self.preparations)
+
+    @property
     def fidelity_error(self) -> float:
         """Independent errors of the stages add in squares."""
         return float(sum(stage.cost.fidelity_error**2 for stage in self.stages) ** 0.5)
@@ -290,6 +310,7 @@ class Plan:
             "peak_vram_bytes": self.peak_vram_bytes,
             "peak_ram_bytes": self.peak_ram_bytes,
             "time_s": self.time_s,
+            "prepare_s": self.prepare_s,
             "fidelity_error": self.fidelity_error,
         }
         return plan
@@ -345,7 +366,7 @@ def _without_derived(stage: Any) -> Any:
     return kept
 
 
-_NOUNS: tuple[Any, ...] = (StageCost, StagePlan, Limits, FormatChange, Plan, Workload, Hardware)
+_NOUNS: tuple[Any, ...] = (StageCost, StagePlan, Limits, FormatChange, Preparation, Plan, Workload, Hardware)
 for _noun in _NOUNS:
     _noun.__pydantic_config__ = ConfigDict(extra="forbid")
 _PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)

@@ -17,6 +17,7 @@ from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.objective import balance, effort, effort_of, time_then_effort, time_then_effort_of, unread
 from lowmem_flux2.planning.plan import SCHEMA_VERSION, STAGES, Limits, Plan, Stage, StagePlan
+from lowmem_flux2.planning.preparation import Prepared, preparations
 from lowmem_flux2.planning.reasons import reasons_of
 from lowmem_flux2.planning.residency import Variant
 from lowmem_flux2.planning.search import Search, Value
@@ -37,6 +38,8 @@ def make_plan(
     guidance_scale: float = 0.0,
     support: Support = SUPPORTED,
     stages: Sequence[Stage] = STAGES,
+    prepared: Prepared = (),
+    with_reasons: bool = True,
 ) -> Plan:
     """The best plan by ``selection.prefer`` among those that fit.
 
@@ -46,6 +49,8 @@ def make_plan(
     Args:
         guidance_scale: the request's, to be recorded; planning itself needs only the workload's guidance passes.
         stages: what is left to be done: all, or decode alone.
+        prepared: what the prepared store is known to hold of this model; the plan says what must be made beside it.
+        with_reasons: False leaves the stages' reasons empty, which is quicker.
 
     Raises:
         UsageError: a format, dtype or cache that this hardware or model cannot use.
@@ -65,7 +70,10 @@ def make_plan(
             failures.append(_does_not_fit(name, job, limits))
     if failures:
         raise max(failures, key=lambda failure: failure.needed_bytes - failure.available_bytes)
-    planned = _with_reasons(jobs, *(choose(jobs) if "denoise" in jobs else _decode_alone(jobs["decode"])))
+    chosen, options = choose(jobs) if "denoise" in jobs else _decode_alone(jobs["decode"])
+    planned = tuple(jobs[name].priced(stage) for name, stage in chosen.items())
+    if with_reasons:
+        planned = tuple(replace(stage, reasons=_reasons(stage, jobs[stage.stage], options)) for stage in planned)
     return Plan(
         schema_version=SCHEMA_VERSION,
         profile=profile,
@@ -77,6 +85,7 @@ def make_plan(
         limits=limits,
         stages=planned,
         not_executable=support.missing_of(planned),
+        preparations=preparations(planned, model, hardware, prepared),
     )
 
 
@@ -139,19 +148,13 @@ def choose(jobs: Mapping[Stage, Job]) -> tuple[dict[Stage, StagePlan], Options]:
     return {"encode": encode, "denoise": denoise, "decode": decode}, options
 
 
-def _with_reasons(
-    jobs: Mapping[Stage, Job], chosen: Mapping[Stage, StagePlan], options: Options
-) -> tuple[StagePlan, ...]:
-    """The stages priced, with why they are what they are."""
-    stages = []
-    for name, bare in chosen.items():
-        stage, job = jobs[name].priced(bare), jobs[name]
-        errors = [option.error for option in options.get(name, ())]
-        mine = errors.index(stage.cost.fidelity_error) if errors else 0
-        found = (option.search.run() for option in reversed(options.get(name, [])[:mine]))
-        better = None if job.selection.prefer == "memory" else next(filter(None, found), None)
-        stages.append(replace(stage, reasons=reasons_of(stage, job, better and job.priced(better))))
-    return tuple(stages)
+def _reasons(stage: StagePlan, job: Job, options: Options) -> tuple[str, ...]:
+    """Why a stage is what it is; beside it the best in the next more faithful format that fits."""
+    better = None
+    if stage.stage in options and job.selection.prefer != "memory":
+        finer = [option for option in options[stage.stage] if option.error < stage.cost.fidelity_error]
+        better = next(filter(None, (option.search.run() for option in reversed(finer))), None)
+    return reasons_of(stage, job, better and job.priced(better))
 
 
 def _decode(job: Job, by_time: bool) -> StagePlan:

@@ -15,6 +15,7 @@ from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import COMPONENT_OF, NON_BLOCK_OF, Limits, Plan, StagePlan
+from lowmem_flux2.planning.preparation import preparations
 from lowmem_flux2.planning.selection import TILE_MOST_PX, TILE_STEP_PX, Selection, limits_of, runs_on
 from lowmem_flux2.planning.support import SUPPORTED, Support
 from lowmem_flux2.planning.workload import Request, workload_of
@@ -134,6 +135,7 @@ def _on(plan: Plan, spec: ModelSpec, hardware: Hardware, here: Limits, support: 
         stages=stages,
         not_executable=support.missing_of(stages),
         format_changes=(),
+        preparations=preparations(stages, spec, hardware, ()),
     )
 
 

@@ -1,4 +1,4 @@
-"""A variant of a stage with its blocks in residency order: bytes and passages of any cut into tiers, by running sums.
+"""A variant of a stage with its blocks in an order: bytes and passages of any cut into tiers, by running sums.
 
 The first blocks of the order are resident, the next pinned, the next pageable, the last on disk. A cut is given by the
 ranks where the tiers end.
@@ -6,36 +6,56 @@ ranks where the tiers end.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from lowmem_flux2.planning.cost import StageWork, Tiers, device_bytes, host_bytes, passage
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.plan import Limits, Placement, StagePlan
 from lowmem_flux2.planning.timeline import Passage, Way
 
+GOLDEN = (5**0.5 - 1) / 2
+"""Steps of this part of a circle leave no large gap and no cluster after any number of them."""
+
 
 @lru_cache(maxsize=64)
 def residency_order(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Largest blocks first (they take longest to copy, and leaving them out shrinks the slots), spread evenly.
+    """Largest blocks first: they take longest to copy, and leaving them out shrinks the slots. Each size spread evenly.
 
-    Among equals, indices are visited in halving strides, so that any number of residents is spread over the step and
-    the copies between two residents have compute to hide behind; the same for the faster host tiers after them.
+    However many are resident, and however many follow in RAM, each tier is spread over the step, and the copies between
+    two residents have compute to hide behind.
     """
     order: list[int] = []
     for size in sorted(set(sizes), reverse=True):
         group = [index for index, other in enumerate(sizes) if other == size]
-        stride = len(group)
-        taken: set[int] = set()
-        while len(taken) < len(group):
-            for at in range(0, len(group), max(stride, 1)):
-                if at not in taken:
-                    taken.add(at)
-                    order.append(group[at])
-            stride //= 2
+        order += [group[place] for place in _spread([1] * len(group))]
     return tuple(order)
+
+
+@lru_cache(maxsize=64)
+def spread_order(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Blocks of all sizes spread over the step alike: where the disk has a part in it, it is never idle for long."""
+    return tuple(_spread(sizes))
+
+
+def _spread(sizes: Sequence[int]) -> list[int]:
+    """Indices by golden steps around the blocks laid end to end: each time the nearest that is left."""
+    ends = [0, *accumulate(sizes)]
+    middles = [(begin + end) / 2 for begin, end in pairwise(ends)]
+    left, order, at = list(range(len(sizes))), [], 0.5
+    while left:
+        target = at * ends[-1]
+        nearest = min(left, key=lambda index: (_apart(middles[index], target, ends[-1]), index))
+        left.remove(nearest)
+        order.append(nearest)
+        at = (at + GOLDEN) % 1
+    return order
+
+
+def _apart(one: float, other: float, around: float) -> float:
+    return min(abs(one - other), around - abs(one - other))
 
 
 @dataclass(frozen=True)
@@ -48,52 +68,60 @@ class Variant:
 
     @cached_property
     def blocks(self) -> TieredBlocks:
-        """Made when first looked at: of most variants nobody does."""
-        return TieredBlocks(self)
+        """In residency order. Made when first looked at: of most variants nobody does."""
+        return TieredBlocks(self, residency_order(self.work.block_bytes))
+
+    @cached_property
+    def spread_blocks(self) -> TieredBlocks:
+        """In spread order."""
+        return TieredBlocks(self, spread_order(self.work.block_bytes))
 
 
 class TieredBlocks:
-    """A variant's blocks in residency order, with running sums of their bytes and of what their passages take."""
+    """A variant's blocks in some order, with running sums of their bytes and of what their passages take."""
 
-    def __init__(self, variant: Variant) -> None:
+    def __init__(self, variant: Variant, order: tuple[int, ...]) -> None:
         self.bare, self.work, self.hardware = variant.bare, variant.work, variant.hardware
         work, hardware = self.work, self.hardware
         self.on_host = hardware.device == "cpu"
         self.total = len(work.block_bytes)
         self._vram: dict[tuple[int, int], int] = {}
-        self.order = residency_order(work.block_bytes)
+        self.order = order
         self.rank = [0] * self.total
         for rank, index in enumerate(self.order):
             self.rank[index] = rank
         self.sizes = [work.block_bytes[index] for index in self.order]
         self.bytes = _sums(self.sizes)
+        self.smallest = min(self.sizes)
+        self.largest_resident = [0, *accumulate(self.sizes, max)]
+        self.largest_streamed = [0, *accumulate(reversed(self.sizes), max)][::-1]
         ways = {
             (placement, size): passage(placement, size, hardware) for size in set(self.sizes) for placement in Placement
         }
-        self.pinned = [ways[Placement.PINNED, size] for size in work.block_bytes]
-        self.pageable = [ways[Placement.PAGEABLE, size] for size in work.block_bytes]
-        self.disk = [ways[Placement.DISK, size] for size in work.block_bytes]
-        either = {size: _either(ways[Placement.PAGEABLE, size], ways[Placement.DISK, size]) for size in set(self.sizes)}
-        self.either = [either[size] for size in work.block_bytes]
-        self.copy_pinned = _sums(self.pinned[index].copy_ns for index in self.order)
-        self.copy_pageable = _sums(self.pageable[index].copy_ns for index in self.order)
-        reads = [way.copy_ns if self.on_host else way.read_ns for way in self.disk]
-        self.reads = _sums(reads[index] for index in self.order)
+        pinned, pageable, disk = (
+            {size: ways[placement, size] for size in set(self.sizes)}
+            for placement in (Placement.PINNED, Placement.PAGEABLE, Placement.DISK)
+        )
+        either = {size: _either(pageable[size], disk[size]) for size in disk}
+        self.pinned, self.pageable, self.disk, self.either = (
+            [kind[size].packed for size in work.block_bytes] for kind in (pinned, pageable, disk, either)
+        )
+        self.copy_pinned = _sums(pinned[size].copy_ns for size in self.sizes)
+        self.copy_pageable = _sums(pageable[size].copy_ns for size in self.sizes)
+        self.reads = _sums(disk[size].copy_ns if self.on_host else disk[size].read_ns for size in self.sizes)
+        self.compute = [float(compute) for compute in work.compute_ns]
         self.compute_ns = sum(work.compute_ns) + work.between_ns
         self.after_read_ns = min(
-            (0 if self.on_host else way.copy_ns) + compute
-            for way, compute in zip(self.disk, work.compute_ns, strict=True)
+            (0 if self.on_host else disk[size].copy_ns) + compute
+            for size, compute in zip(work.block_bytes, work.compute_ns, strict=True)
         )
-
-    def largest_streamed(self, resident: int) -> int:
-        return self.sizes[resident] if resident < self.total else 0
 
     def vram(self, resident: int, slots: int) -> int:
         """Peak VRAM of so many resident blocks and slots; 0 on a CPU."""
         if self.on_host:
             return 0
         if (found := self._vram.get((resident, slots))) is None:
-            device = device_bytes(self.work, self.bytes[resident], slots * self.largest_streamed(resident))
+            device = device_bytes(self.work, self.bytes[resident], slots * self.largest_streamed[resident])
             found = self._vram[resident, slots] = self.hardware.context_bytes + sum(device)
         return found
 
@@ -118,13 +146,13 @@ class TieredBlocks:
 
     def tiers(self, resident: int, pinned: int, ram: int, slots: int) -> Tiers:
         """``pinned`` and ``ram`` are the ranks where pinned blocks and blocks in RAM end."""
-        sums, slot_bytes = self.bytes, slots * self.largest_streamed(resident)
+        sums, slot_bytes = self.bytes, slots * self.largest_streamed[resident]
         return Tiers(
             gpu=sums[resident],
             pinned=sums[pinned] - sums[resident],
             pageable=sums[ram] - sums[pinned],
             disk=sums[-1] - sums[ram],
-            largest_resident=self.sizes[0] if resident else 0,
+            largest_resident=self.largest_resident[resident],
             slots=slot_bytes,
             ring=slot_bytes if ram < self.total and not self.on_host else 0,
         )
@@ -140,7 +168,7 @@ class TieredBlocks:
             copies += slow[sure] - slow[pinned] - (fast[sure] - fast[pinned])
         return reads, copies
 
-    def ways(self, resident: int, pinned: int, sure: int, ram: int) -> list[Passage]:
+    def ways(self, resident: int, pinned: int, sure: int, ram: int) -> list[tuple[int, float, float]]:
         """The passage of each block, in the order of use; between ``sure`` and ``ram`` the better of RAM and disk."""
         return [
             _RESIDENT
@@ -156,7 +184,7 @@ class TieredBlocks:
         ]
 
 
-_RESIDENT = Passage(Way.RESIDENT, 0, 0)
+_RESIDENT = Passage(Way.RESIDENT, 0, 0).packed
 
 
 def _sums(values: Iterable[int]) -> list[int]:

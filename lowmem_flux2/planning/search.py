@@ -1,8 +1,8 @@
 """The best placement of a stage's blocks, exactly, by branch and bound.
 
-A stage's blocks are put in one order of residency. The first ``resident`` of them stay on the device; of the ``in_ram``
-after those the first ``pinned`` are pinned and the others pageable; the rest is on disk. All (slots, resident, in_ram,
-pinned) that fit are in the running, for each variant of the stage (format, batch, chunk, step cache).
+A stage's blocks are put in an order of residency. The first ``resident`` of them stay on the device, more of them in
+RAM, of which the first ``pinned`` are pinned and the others pageable; the rest is on disk. All (slots, resident, in
+memory, pinned) that fit are in the running, for each variant of the stage (format, batch, chunk, step cache).
 
 A box is a range of each number. No plan in it is better than one that has every block at the fastest tier which any
 of them gives it, and yet the least to load: the time line never gets longer when a block comes faster (see
@@ -16,7 +16,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from lowmem_flux2.planning.cost import Tiers, load_ns
 from lowmem_flux2.planning.plan import Limits, Placement, StagePlan
@@ -28,35 +28,41 @@ SLOT_COUNTS = (2, 3, 4, 1)
 """With two, one block computes while the next is copied; more look further ahead, which slow disk blocks among fast
 ones need; a single one takes the least memory, and hides nothing."""
 
+SPREAD_SLOTS = (2, 3)
+"""Of these, where the disk has a part in each step, also with blocks of all sizes spread over the step alike."""
+
 Value = Callable[[int, int, int, int], int]
 """What a stage is judged by, the less the better: of its time, of its loading, and of reading and copying blocks
 again in later rounds, in nanoseconds. Must not decrease in any of them."""
 
 
+Others = Literal["ram", "disk", "either"]
+"""Where the streamed blocks rest: all in RAM, so that no ring is needed; all on disk; or some on disk at least."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Root:
-    """One variant with one number of slots.
-
-    Args:
-        residents: numbers of resident blocks that fit the device.
-        all_in_ram: whether all streamed blocks rest in RAM, so that no ring is needed; else some are on disk.
-    """
+    """One variant with one number of slots; ``residents`` are the numbers of resident blocks that fit the device."""
 
     blocks: TieredBlocks
     slots: int
     residents: tuple[int, ...]
-    all_in_ram: bool
+    others: Others
 
     def box(self, placement: StreamFrom) -> _Box:
         """All of the root's plans."""
-        total, free = self.blocks.total, placement == "auto" and not self.blocks.on_host
-        in_ram = total - 1 if free and not self.all_in_ram else 0
-        fewest, most = (total, total) if placement == "pinned" else (0, total if free else 0)
-        return _Box(self, (0, 0, fewest), (len(self.residents) - 1, in_ram, most))
+        total, is_free = self.blocks.total, self.others == "either"
+        fewest, most = (total, total) if placement == "pinned" else (0, total if placement == "auto" else 0)
+        if self.others == "disk":
+            most = 0
+        return _Box(self, (0, 0, fewest), (len(self.residents) - 1, total - 1 if is_free else 0, most))
 
 
 class _Box(NamedTuple):
-    """Ranges, both ends included: a place in ``root.residents``, blocks in RAM, pinned blocks among them."""
+    """Ranges, both ends included: a place in ``root.residents``, blocks in memory of either kind, pinned ones of them.
+
+    The second is not used but where the root's others are ``either``.
+    """
 
     root: _Root
     least: tuple[int, int, int]
@@ -99,9 +105,9 @@ class Search:
         """``families``: variants that differ in their chunks alone, the largest chunks first."""
         self.found: StagePlan | None = None
         self._placement, self._limits, self._value = placement, limits, value
-        self._heap: list[tuple[int, int, bool, _Box | Sequence[Variant]]] = []
+        self._heap: list[tuple[int, int, _Box | Sequence[Variant], _Cut | None]] = []
         self._pushed = 0
-        self._most_bytes = 1 << 62
+        self._most_bytes: int | None = None
         for family in families:
             compute = min(sum(variant.work.compute_ns) * variant.work.rounds for variant in family)
             self._push(value(compute, 0, 0, 0), family)
@@ -129,126 +135,150 @@ class Search:
             while self.found is None and self._heap:
                 self._step()
             if self.found is not None:
-                box = heapq.heappop(self._heap)[3]
+                box = heapq.heappop(self._heap)[2]
                 assert isinstance(box, _Box)
                 self._most_bytes = box.least_peak_bytes - step_bytes
                 yield self.found
 
     def _step(self) -> None:
-        """Look closer at what has the least bound."""
-        bound, order, is_timed, box = heapq.heappop(self._heap)
-        if isinstance(box, _Box) and box.least_peak_bytes > self._most_bytes:
-            return
+        """Look closer at what has the least bound: open a family, time a box, or split one that is timed."""
+        bound, order, box, cut = heapq.heappop(self._heap)
         if not isinstance(box, _Box):
             for root in roots(box, self._placement, self._limits):
                 self._consider(root.box(self._placement), bound)
-        elif not is_timed:
-            timed = self._bound(box, timed=True)
-            assert timed is not None
-            heapq.heappush(self._heap, (max(bound, timed), order, True, box))
+        elif self._most_bytes is not None and box.least_peak_bytes > self._most_bytes:
+            return  # the front goes on below
+        elif cut is not None:
+            heapq.heappush(self._heap, (max(bound, self._timed(box.root, cut)), order, box, None))
         elif box.is_point:
-            heapq.heappush(self._heap, (bound, order, True, box))
+            heapq.heappush(self._heap, (bound, order, box, None))
             self.found = _placed(box)
         else:
             for half in box.halves():
                 self._consider(half, bound)
 
     def _consider(self, box: _Box, floor: int) -> None:
-        bound = self._bound(box, timed=False)
-        if bound is not None:
-            self._push(max(bound, floor), box)
+        cut = _best_cut(box, self._limits)
+        if cut is not None:
+            self._push(max(floor, self._value_of(box.root, cut, cut.least_ns)), box, cut)
 
-    def _push(self, bound: int, box: _Box | Sequence[Variant]) -> None:
-        heapq.heappush(self._heap, (bound, self._pushed, False, box))
+    def _push(self, bound: int, box: _Box | Sequence[Variant], cut: _Cut | None = None) -> None:
+        heapq.heappush(self._heap, (bound, self._pushed, box, cut))
         self._pushed += 1
 
-    def _bound(self, box: _Box, *, timed: bool) -> int | None:
-        """What no plan of the box beats, exact for a single plan; None where none fits.
+    def _timed(self, root: _Root, cut: _Cut) -> int:
+        """The value of the cut by its time line; exact where the box is one plan."""
+        work, blocks = root.blocks.work, root.blocks
+        ways = blocks.ways(cut.resident, cut.pinned, cut.sure, cut.ram)
+        rounds = min(work.rounds, ROUNDS_SIMULATED)
+        line = simulate(ways, blocks.compute, work.between_ns, root.slots, rounds)
+        return self._value_of(root, cut, cut.load_ns + line.total_ns(work.rounds))
 
-        Args:
-            timed: from the time line, else from the sums of its blocks.
-        """
-        root, blocks, limits = box.root, box.root.blocks, self._limits
-        n, work, sums = blocks.total, blocks.work, blocks.bytes
-        few, many = root.residents[box.least[0]], root.residents[box.most[0]]
-        # Ranks where tiers end in the fastest plan of the box; blocks from sure to ram are in RAM in some plans only.
-        sure = n if root.all_in_ram else few + box.least[1]
-        ram = n if root.all_in_ram else min(many + box.most[1], n - 1)
-        if not root.all_in_ram and (sure > n - 1 or box.least[2] > box.most[1]):
-            return None  # no block is left for the disk, or there are fewer blocks in RAM than are to be pinned
-        pinned = min(many + box.most[2], ram)
-        ring = 0 if root.all_in_ram or blocks.on_host else root.slots * blocks.largest_streamed(many)
-        least_pinned = sums[min(many + (box.least[2] if root.all_in_ram else min(box.least[1:])), n)] - sums[many]
-        largest = blocks.sizes[0] if few else 0
-        if not blocks.on_host:
-            held = sums[n if root.all_in_ram else min(many + box.least[1], n)] - sums[many]
-            needed = Tiers(sums[few], least_pinned, max(held - least_pinned, 0), 0, largest, 0, ring)
-            if blocks.ram(needed) > limits.ram_bytes:
-                return None
-            if least_pinned and least_pinned + ring > limits.pinnable_bytes:
-                return None
-        in_ram = max(sums[sure] - sums[few], least_pinned)
-        loaded = Tiers(sums[few], least_pinned, in_ram - least_pinned, 0, largest, 0, ring)
-        load = load_ns(work, loaded, blocks.hardware)
-        reads, copies = blocks.traffic(many, pinned, sure, ram)
-        if timed:
-            ways = blocks.ways(many, pinned, sure, ram)
-            rounds = min(work.rounds, ROUNDS_SIMULATED)
-            line = simulate(ways, work.compute_ns, work.between_ns, root.slots, rounds)
-            time = load + line.total_ns(work.rounds)
-        else:
-            time = load + work.rounds * max(blocks.compute_ns, reads, copies)
-            if not root.all_in_ram:
-                # What is not read at first is read later: the fewest reads of all, and what follows the last one.
-                first = load_ns(work, Tiers(0, least_pinned, sums[ram] - least_pinned, 0, 0, 0, ring), blocks.hardware)
-                time = max(time, first + work.rounds * reads + blocks.after_read_ns)
-        return self._value(time, load, (work.rounds - 1) * reads, (work.rounds - 1) * copies)
+    def _value_of(self, root: _Root, cut: _Cut, time_ns: int) -> int:
+        again = root.blocks.work.rounds - 1
+        return self._value(time_ns, cut.load_ns, again * cut.reads_ns, again * cut.copies_ns)
+
+
+class _Cut(NamedTuple):
+    """The fastest of all that a box's plans may be, in each respect: ranks where tiers end, and nanoseconds.
+
+    Blocks from ``sure`` to ``ram`` are in RAM in some of the plans only. ``reads_ns`` and ``copies_ns`` are of a round;
+    ``least_ns`` is what no plan takes less than, by the sums of its lanes.
+    """
+
+    resident: int
+    pinned: int
+    sure: int
+    ram: int
+    load_ns: int
+    reads_ns: int
+    copies_ns: int
+    least_ns: int
+
+
+def _best_cut(box: _Box, limits: Limits) -> _Cut | None:
+    """None where none of the box's plans fits, or it has none."""
+    root, blocks = box.root, box.root.blocks
+    n, work, sums = blocks.total, blocks.work, blocks.bytes
+    few, many = root.residents[box.least[0]], root.residents[box.most[0]]
+    if root.others == "ram":
+        sure, ram, pins = n, n, min(box.least[2], n - many)
+    elif root.others == "disk":
+        sure, ram, pins = few, many, 0
+    else:
+        sure, ram = max(box.least[1], few), box.most[1]
+        many = min(many, ram)
+        pins = min(box.least[2], max(sure - many, 0))
+        if many < few or box.least[2] > ram - few:
+            return None  # more resident, or pinned, than in memory
+    pinned, ring = min(many + box.most[2], ram), 0
+    if root.others != "ram" and not blocks.on_host:
+        ring = root.slots * blocks.largest_streamed[many]
+    least_pinned = sums[many + pins] - sums[many] if few == many else pins * blocks.smallest
+    largest = blocks.largest_resident[few]
+    if not blocks.on_host:
+        held = max(sums[sure] - sums[many], least_pinned)
+        if blocks.ram(Tiers(sums[few], least_pinned, held - least_pinned, 0, largest, 0, ring)) > limits.ram_bytes:
+            return None
+        if least_pinned and least_pinned + ring > limits.pinnable_bytes:
+            return None
+    in_ram = max(sums[sure] - sums[few], least_pinned)
+    load = load_ns(work, Tiers(sums[few], least_pinned, in_ram - least_pinned, 0, largest, 0, ring), blocks.hardware)
+    reads, copies = blocks.traffic(many, pinned, sure, ram)
+    least = load + work.rounds * max(blocks.compute_ns, reads, copies)
+    if root.others != "ram":
+        # What is not read at first is read later: the fewest reads of all, and what follows the last one.
+        tiers = Tiers(0, least_pinned, max(sums[ram] - least_pinned, 0), 0, 0, 0, ring)
+        least = max(least, load_ns(work, tiers, blocks.hardware) + work.rounds * reads + blocks.after_read_ns)
+    return _Cut(many, pinned, sure, ram, load, reads, copies, least)
 
 
 def roots(family: Sequence[Variant], placement: StreamFrom, limits: Limits) -> Iterator[_Root]:
-    """All blocks resident, or streamed through each number of slots, from RAM alone or from disk too.
+    """All blocks resident, or streamed through each number of slots.
 
     Smaller chunks only save memory: of a later variant, only what does not fit in an earlier one.
     """
-    taken: set[tuple[int, bool, int]] = set()
+    taken: set[tuple[int, Others, bool, int]] = set()
     for variant in family:
-        blocks = variant.blocks
-        for slots, all_in_ram, numbers in cuts(blocks, placement):
+        kinds = [(variant.blocks, cut) for cut in cuts(variant.blocks, placement)]
+        kinds += [(variant.spread_blocks, cut) for _, cut in kinds if cut[0] in SPREAD_SLOTS and cut[1] == "either"]
+        for blocks, (slots, others, numbers) in kinds:
+            is_spread = blocks is not variant.blocks
             fitting = [
                 resident
                 for resident in numbers
-                if (slots, all_in_ram, resident) not in taken and blocks.fits(resident, slots, all_in_ram, limits)
+                if (slots, others, is_spread, resident) not in taken
+                and blocks.fits(resident, slots, others == "ram", limits)
             ]
-            taken.update((slots, all_in_ram, resident) for resident in fitting)
+            taken.update((slots, others, is_spread, resident) for resident in fitting)
             if fitting:
-                yield _Root(blocks, slots, tuple(fitting), all_in_ram)
+                yield _Root(blocks, slots, tuple(fitting), others)
 
 
-def cuts(blocks: TieredBlocks, placement: StreamFrom) -> Iterator[tuple[int, bool, range]]:
-    """(slots, whether all streamed blocks rest in RAM, numbers of residents) that are worth looking at."""
+def cuts(blocks: TieredBlocks, placement: StreamFrom) -> Iterator[tuple[int, Others, range]]:
+    """(slots, where streamed blocks rest, numbers of residents) that are worth looking at."""
     n = blocks.total
     if placement in ("auto", "resident"):
-        yield 0, True, range(n, n + 1)
+        yield 0, "ram", range(n, n + 1)
     if placement == "resident":
         return
+    kinds: tuple[Others, ...] = ("ram", "either")
     if placement in ("pinned", "pageable"):
-        streams = [True]
+        kinds = ("ram",)
     elif placement == "disk" or blocks.on_host:  # on a CPU a copy of a block in RAM wins nothing over the file
-        streams = [False]
-    else:
-        streams = [True, False]
+        kinds = ("disk",)
     # With no more blocks than slots, streaming takes the memory of residency: only a fixed placement asks for that.
     spare = 1 if placement == "auto" else 0
     for slots in SLOT_COUNTS:
-        for all_in_ram in streams:
-            yield slots, all_in_ram, range(n - slots - spare + 1)
+        for others in kinds:
+            yield slots, others, range(n - slots - spare + 1)
 
 
 def _placed(box: _Box) -> StagePlan:
     """The plan of a point."""
     root, blocks = box.root, box.root.blocks
     resident = root.residents[box.least[0]]
-    ram = blocks.total if root.all_in_ram else resident + box.least[1]
+    ram = {"ram": blocks.total, "disk": resident, "either": box.least[1]}[root.others]
     pinned = min(resident + box.least[2], ram)
     placements = [Placement.DISK] * blocks.total
     for rank, index in enumerate(blocks.order[:ram]):

@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 import shlex
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from machines import DEV, KLEIN_4B, KLEIN_9B, KLEIN_BASE, machine, spec
 
 from lowmem_flux2.errors import DoesNotFit
 from lowmem_flux2.planning.advice import MOST, closest_fits
+from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.job import plan_job, resolve_machine
 from lowmem_flux2.planning.plan import Plan
-from lowmem_flux2.planning.planner import Selection
+from lowmem_flux2.planning.planner import Selection, make_plan
+from lowmem_flux2.planning.selection import with_ram_for
 from lowmem_flux2.planning.sources import resolve_model
 from lowmem_flux2.planning.workload import make_request, workload_of
 from lowmem_flux2.units import MIB, parse_bytes
@@ -35,6 +40,9 @@ def planned(command: str) -> Plan:
     parser.add_argument("--max-ram", type=parse_bytes)
     parser.add_argument("--prefer", default="balanced")
     parser.add_argument("--dtype", default="auto")
+    for flag in ("--weight-format", "--text-weight-format", "--placement", "--vae-tile", "--step-cache"):
+        parser.add_argument(flag, default="auto")
+    parser.add_argument("--batch-size", type=int, default=0)
     asked = parser.parse_args(shlex.split(command, comments=True))
     source = resolve_model(asked.m, offline=True)
     request = make_request(
@@ -48,7 +56,16 @@ def planned(command: str) -> Plan:
         max_sequence_length=asked.max_sequence_length,
     )
     selection = Selection(
-        prefer=asked.prefer, dtype=asked.dtype, max_vram_bytes=asked.max_vram, max_ram_bytes=asked.max_ram
+        prefer=asked.prefer,
+        weight_format=asked.weight_format,
+        text_weight_format=asked.text_weight_format,
+        dtype=asked.dtype,
+        placement=asked.placement,
+        vae_tile=asked.vae_tile,
+        step_cache=asked.step_cache,
+        batch_size=asked.batch_size,
+        max_vram_bytes=asked.max_vram,
+        max_ram_bytes=asked.max_ram,
     )
     return plan_job(source, resolve_machine(asked.profile, asked.device, asked.max_ram), request, selection)
 
@@ -95,7 +112,8 @@ def test_a_fixed_choice_is_the_first_thing_to_give_up() -> None:
     workload = workload_of(make_request(model, ("x",)), model)
     selection = Selection(placement="resident", weight_format="bf16")
     closest = closest_fits(model, workload, hardware, selection, "rtx-3060-12gb")
-    assert closest[0].startswith("lowmem-flux2 plan -m flux2-dev --profile rtx-3060-12gb   #")
+    asked = "lowmem-flux2 plan -m flux2-dev --profile rtx-3060-12gb"
+    assert closest[0].startswith(f"{asked} --weight-format bf16   #")  # placed otherwise, bf16 fits
 
 
 def test_on_this_very_machine_no_ram_or_vram_is_offered_that_it_lacks() -> None:
@@ -125,6 +143,68 @@ def test_where_nothing_at_all_would_fit_nothing_is_offered() -> None:
     crumb = Selection(max_vram_bytes=MIB, max_ram_bytes=MIB)
     nothing = replace(hardware, vram_bytes=hardware.vram_reserve_bytes + 1, ram_bytes=1 << 30)
     assert closest_fits(model, workload, nothing, crumb, "auto") == ()
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.sampled_from([DEV, KLEIN_9B, KLEIN_4B, KLEIN_BASE]),
+    st.sampled_from(["rtx-2060-6gb", "rtx-4060-8gb", "rtx-4090-24gb", "cpu"]),
+    st.integers(600, 6000),
+    st.integers(700, 6000),
+    st.sampled_from([256, 512, 1024, 4096]),
+    st.sampled_from([1, 3, 300]),
+    st.sampled_from([64, 512, 2048]),
+    st.sampled_from(
+        [{}, {}, {"weight_format": "bf16"}, {"placement": "resident"}, {"vae_tile": "off"}, {"dtype": "fp32"}]
+    ),
+    st.booleans(),
+)
+def test_something_is_offered_whenever_anything_at_all_fits(
+    name: str,
+    profile: str,
+    vram_mib: int,
+    ram_mib: int,
+    px: int,
+    images: int,
+    tokens: int,
+    fixed: dict[str, Any],
+    is_this_machine: bool,
+) -> None:
+    """On a machine of any size, for any job; where the machine is this one, it cannot grow."""
+    model = spec(name)
+    request = make_request(model, ("x",), width=px, height=px, num_images_per_prompt=images, max_sequence_length=tokens)
+    hardware = with_ram_for(machine(profile), ram_mib * MIB)
+    if profile != "cpu":
+        vram = vram_mib * MIB + hardware.vram_reserve_bytes - hardware.context_bytes
+        hardware = replace(hardware, vram_bytes=vram)
+    if (profile, fixed.get("weight_format")) == ("rtx-2060-6gb", "bf16"):
+        fixed = {"weight_format": "fp16"}
+    argument = "auto" if is_this_machine else profile
+    selection = Selection(**fixed)
+    workload = workload_of(request, model)
+    try:
+        make_plan(model, workload, hardware, selection, profile=profile)
+        return
+    except DoesNotFit:
+        closest = closest_fits(model, workload, hardware, selection, argument)
+    if not closest:
+        assert not any(
+            fits_somehow(hardware, other, side) for other in (KLEIN_4B, name) for side in (256, min(px, 256))
+        )
+    for command in closest:
+        words = shlex.split(command, comments=True)
+        assert words[:2] == ["lowmem-flux2", "plan"]
+
+
+def fits_somehow(hardware: Hardware, name: str, px: int) -> bool:
+    """One image, everything else left to the planner."""
+    model = spec(name)
+    try:
+        request = make_request(model, ("x",), width=px, height=px)
+        make_plan(model, workload_of(request, model), hardware, Selection(), profile="x")
+    except DoesNotFit:
+        return False
+    return True
 
 
 @pytest.mark.parametrize(("model", "profile", "flags"), CASES)

@@ -56,6 +56,7 @@ def test_the_json_has_every_key_of_the_contract(make: Any) -> None:
         "peak_vram_bytes": plan.peak_vram_bytes,
         "peak_ram_bytes": plan.peak_ram_bytes,
         "time_s": plan.time_s,
+        "prepare_s": plan.prepare_s,
         "fidelity_error": plan.fidelity_error,
     }
     assert [stage["stage"] for stage in raw["stages"]] == ["encode", "denoise", "decode"]

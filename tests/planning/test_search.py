@@ -10,14 +10,15 @@ import pytest
 from everything import everything
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machines import DEV, KLEIN_4B, machine, spec, work
+from machines import DEV, KLEIN_4B, machine, plan_for, spec, work
 
 from lowmem_flux2.planning.candidates import Job, fits
+from lowmem_flux2.planning.cost import block_sizes
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.objective import effort, effort_of, time_then_effort, time_then_effort_of
-from lowmem_flux2.planning.plan import Limits
-from lowmem_flux2.planning.residency import residency_order
+from lowmem_flux2.planning.plan import Limits, Placement, StagePlan
+from lowmem_flux2.planning.residency import residency_order, spread_order
 from lowmem_flux2.planning.search import SLOT_COUNTS, Search
 from lowmem_flux2.planning.selection import Selection, StreamFrom, limits_of
 from lowmem_flux2.planning.support import EVERYTHING
@@ -129,6 +130,31 @@ def test_residents_are_spread_over_the_step(residents: int) -> None:
     order = sorted(residency_order((1,) * 48)[:residents])
     gaps = [after - before for before, after in zip(order, [*order[1:], order[0] + 48], strict=True)]
     assert max(gaps) <= 2 * 48 / residents
+
+
+def test_the_spread_order_spreads_blocks_of_all_sizes_over_the_step() -> None:
+    sizes = tuple(block_sizes(StagePlan.bare("denoise", "int8", "bf16"), spec(DEV)))
+    order = spread_order(sizes)
+    assert sorted(order) == list(range(len(sizes)))
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    for count in (4, 8, 16, 32):
+        at = sorted(starts[index] for index in order[:count])
+        gaps = [after - before for before, after in zip(at, [*at[1:], at[0] + sum(sizes)], strict=True)]
+        assert max(gaps) <= 2.7 * sum(sizes) / count
+
+
+def test_where_the_disk_takes_part_spreading_wins_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer double-stream blocks resident, but the disk reads all through the step."""
+
+    def planned() -> StagePlan:
+        selection = Selection(prefer="quality")
+        return plan_for(DEV, "rtx-4070-12gb", 32, selection=selection, support=EVERYTHING).stage("denoise")
+
+    spread = planned()
+    assert Placement.GPU in spread.block_placements[8:]  # of single-stream blocks, with double-stream ones streamed
+    assert set(spread.block_placements[:8]) != {Placement.GPU}
+    monkeypatch.setattr("lowmem_flux2.planning.search.SPREAD_SLOTS", ())
+    assert planned().cost.run_s > 1.1 * spread.cost.run_s
 
 
 def test_vram_never_shrinks_with_more_slots() -> None:

@@ -184,7 +184,7 @@ def test_nanoseconds_never_shrink_with_more_bytes_nor_grow_with_the_rate(
 ) -> None:
     assert nanoseconds(size, rate) <= nanoseconds(size + more, rate)
     assert nanoseconds(size, rate) >= nanoseconds(size, rate * faster)
-    assert nanoseconds(size, rate) == pytest.approx(1e9 * size / rate, abs=1)
+    assert nanoseconds(size, rate) == pytest.approx(1e9 * size / rate, rel=1e-12, abs=1)
 
 
 @given(BLOCKS, SLOTS, BETWEEN)

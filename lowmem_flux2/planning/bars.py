@@ -1,0 +1,135 @@
+"""Memory as bars, and a step's time line as lanes, in text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
+
+from lowmem_flux2.planning.cost import (
+    CUDA_HOST_BYTES,
+    LIBRARIES_HOST_BYTES,
+    READ_BUFFER_BYTES,
+    StageWork,
+    passages,
+    stage_work,
+)
+from lowmem_flux2.planning.hardware import Hardware
+from lowmem_flux2.planning.models import ModelSpec
+from lowmem_flux2.planning.plan import Placement, Plan, StagePlan
+from lowmem_flux2.planning.timeline import ROUNDS_SIMULATED, Span, simulate
+from lowmem_flux2.units import GIB, format_seconds
+
+BAR_WIDTH = 32
+LANE_WIDTH = 66
+DEVICE_KINDS = (("context", "░"), ("resident", "█"), ("slots", "▓"), ("activations", "▒"), ("margin", "·"))
+HOST_KINDS = (("libraries", "░"), ("pinned", "█"), ("pageable", "▓"), ("ring", "▒"), ("passing", "·"))
+"""``passing``: what loading passes through, and what the stage takes and leaves."""
+
+Parts = Sequence[tuple[str, str, int]]
+"""(kind, mark, bytes)."""
+
+
+def device_parts(stage: StagePlan) -> Parts:
+    """The compute device's memory by kind. On a CPU it is RAM, and begins with the libraries."""
+    cost = stage.cost
+    held = (cost.resident_bytes, cost.slot_bytes, cost.activation_bytes, cost.margin_bytes)
+    first = cost.peak_ram_bytes - sum(held) if cost.on_host else cost.context_bytes
+    kinds = (("libraries", "░"), *DEVICE_KINDS[1:]) if cost.on_host else DEVICE_KINDS
+    return [(kind, mark, size) for (kind, mark), size in zip(kinds, (first, *held), strict=True)]
+
+
+def host_parts(stage: StagePlan) -> Parts:
+    """The host's RAM by kind, beside a GPU."""
+    cost = stage.cost
+    libraries = min(LIBRARIES_HOST_BYTES + CUDA_HOST_BYTES + READ_BUFFER_BYTES, cost.host_bytes)
+    ring = min(cost.slot_bytes, cost.host_pinned_bytes) if stage.count(Placement.DISK) else 0
+    sizes = (
+        libraries,
+        cost.host_pinned_bytes - ring,
+        cost.host_pageable_bytes,
+        ring,
+        cost.host_bytes - libraries - cost.host_pageable_bytes,
+    )
+    return [(kind, mark, size) for (kind, mark), size in zip(HOST_KINDS, sizes, strict=True)]
+
+
+def bar(name: str, parts: Parts, cap_bytes: int) -> str:
+    """One line: a bar as long as its part of the cap, the sum, and the three largest kinds in it, in GiB."""
+    ends = [
+        min(round(BAR_WIDTH * end / cap_bytes), BAR_WIDTH) if cap_bytes else 0
+        for end in accumulate((size for *_, size in parts), initial=0)
+    ]
+    marks = (mark for _, mark, _ in parts)
+    drawn = "".join(mark * (end - begin) for mark, (begin, end) in zip(marks, pairwise(ends), strict=True))
+    largest = sorted((part for part in parts if part[2]), key=lambda part: -part[2])[:3]
+    words = ", ".join(f"{kind} {size / GIB:.2f}" for kind, _, size in largest)
+    return f"{name:8}|{drawn:{BAR_WIDTH}}| {total_bytes(parts) / GIB:.2f} GiB: {words}"
+
+
+def total_bytes(parts: Parts) -> int:
+    return sum(size for *_, size in parts)
+
+
+def legend(parts: Parts) -> str:
+    return "  ".join(f"{mark} {kind}" for kind, mark, _ in parts)
+
+
+def step_lanes(plan: Plan, model: ModelSpec) -> list[str]:
+    """A denoising step in the steady state: what disk, copies and compute do, side by side, and who waits.
+
+    No line where the plan is to decode alone.
+    """
+    if all(stage.stage != "denoise" for stage in plan.stages):
+        return []
+    stage, hardware = plan.stage("denoise"), plan.hardware
+    work = stage_work(stage, model, plan.workload, hardware)
+    spans, start, end = _steady_round(stage, work, hardware)
+    length = end - start
+    passes = f" of each of {work.rounds // plan.workload.steps} batches" if work.rounds > plan.workload.steps else ""
+    lines = [f"denoise, one step{passes}: {format_seconds(length / 1e9)}"]
+    if not stage.streamed:
+        return [f"{lines[0]}, all of it compute: every block is resident"]
+    on_host = hardware.device == "cpu"
+    from_disk = [placement is Placement.DISK for placement in stage.block_placements]
+    lanes = {
+        "disk": [span.copy if on_host else span.read for span in spans if from_disk[span.block]],
+        "copy": [span.copy for span in spans if not (on_host and from_disk[span.block])],
+        "compute": [span.compute for span in spans],
+    }
+    for (name, busy), mark in zip(lanes.items(), "▒▓█", strict=True):
+        cut = [(max(begin, start), min(stop, end)) for begin, stop in busy]
+        total = sum(max(stop - begin, 0) for begin, stop in cut)
+        if total:
+            share = f"{format_seconds(total / 1e9)} {total / length:4.0%}"
+            lines.append(f"{name:8}|{_lane(cut, start, end, mark)}| {share}")
+    waiting = stage.cost.waiting_s / work.rounds
+    if length - sum(work.compute_ns) - work.between_ns > 0.02 * length:
+        who = {"link": "copies", "disk": "the disk"}.get(stage.cost.bottleneck, "copies that start too late to hide")
+        lines.append(f"{'':8} compute waits {format_seconds(waiting)} a step for {who}")
+    else:
+        lines.append(f"{'':8} nothing waits: copies hide behind compute")
+    return lines
+
+
+def _steady_round(stage: StagePlan, work: StageWork, hardware: Hardware) -> tuple[list[Span], int, int]:
+    """All spans, and when a round begins and ends in which copies for the next one are already made."""
+    spans: list[Span] = []
+    rounds = min(work.rounds, ROUNDS_SIMULATED + 1)
+    line = simulate(
+        passages(stage, work.block_bytes, hardware), work.compute_ns, work.between_ns, stage.slots, rounds, spans
+    )
+    drawn = max(rounds - 1, 1)
+    return spans, line.total_ns(drawn - 1), line.total_ns(drawn)
+
+
+def _lane(busy: Iterable[tuple[float, float]], start: int, end: int, mark: str) -> str:
+    """A column is marked where the lane is busy for at least half of it, and dotted where for less."""
+    columns = [0.0] * LANE_WIDTH
+    scale = LANE_WIDTH / (end - start)
+    for begin, stop in busy:
+        if stop <= begin:
+            continue
+        first, last = (begin - start) * scale, (stop - start) * scale
+        for column in range(int(first), min(int(last) + 1, LANE_WIDTH)):
+            columns[column] += max(min(last, column + 1) - max(first, column), 0.0)
+    return "".join(mark if share >= 0.5 else "·" if share else " " for share in columns)

@@ -1,0 +1,104 @@
+"""A job that could be planned instead of another, and the command line that plans it."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lowmem_flux2.planning.configs import spec_from_configs
+from lowmem_flux2.planning.hardware import Hardware
+from lowmem_flux2.planning.models import ModelSpec
+from lowmem_flux2.planning.plan import Plan
+from lowmem_flux2.planning.planner import make_plan
+from lowmem_flux2.planning.selection import Selection, with_ram_for
+from lowmem_flux2.planning.sources import shipped_configs
+from lowmem_flux2.planning.support import Support
+from lowmem_flux2.planning.workload import Workload, guidance_passes
+from lowmem_flux2.units import GIB, MIB
+
+DETECTED = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A job with something done differently."""
+
+    model: ModelSpec
+    workload: Workload
+    hardware: Hardware
+    selection: Selection
+
+    def smaller(self, side: int) -> Change:
+        tokens = (side // self.model.size_multiple) ** 2
+        return replace(self, workload=replace(self.workload, width=side, height=side, image_tokens=tokens))
+
+    def with_ram(self, size_bytes: int) -> Change:
+        hardware = with_ram_for(self.hardware, size_bytes)
+        return replace(self, hardware=hardware, selection=replace(self.selection, max_ram_bytes=size_bytes))
+
+    def with_choice(self, name: str, value: Any) -> Change:
+        """Another value of one of the selection's fields."""
+        return replace(self, selection=replace(self.selection, **{name: value}))
+
+    def with_one_image(self) -> Change:
+        return replace(self, workload=replace(self.workload, num_prompts=1, num_images=1))
+
+    def with_short_text(self) -> Change:
+        """No more text tokens than the model's default."""
+        tokens = min(self.workload.text_tokens, self.model.defaults.max_sequence_length)
+        return replace(self, workload=replace(self.workload, text_tokens=tokens))
+
+    def with_model(self, name: str) -> Change:
+        """Another model at its own defaults, the size kept."""
+        model = spec_from_configs(name, name, shipped_configs(name))
+        defaults = model.defaults
+        workload = replace(
+            self.workload,
+            steps=defaults.num_inference_steps,
+            text_tokens=defaults.max_sequence_length,
+            guidance_passes=guidance_passes(model, defaults.guidance_scale),
+        )
+        return replace(self, model=model, workload=workload)
+
+    def command(self, profile: str) -> str:
+        """What plans just this on the command line; prompts apart, as only their number matters."""
+        work, defaults, selection = self.workload, self.model.defaults, self.selection
+        words = ["lowmem-flux2", "plan", "-m", self.model.source, "--profile", profile]
+        if self.hardware.device == "cpu" and profile == DETECTED:
+            words += ["--device", "cpu"]
+        for flag, value, default in (
+            ("-W", work.width, defaults.width),
+            ("-H", work.height, defaults.height),
+            ("--steps", work.steps, defaults.num_inference_steps),
+            ("--num-images", work.num_images, 1),
+            ("--max-sequence-length", work.text_tokens, defaults.max_sequence_length),
+            ("--prefer", selection.prefer, "balanced"),
+            ("--dtype", selection.dtype, "auto"),
+            ("--weight-format", selection.weight_format, "auto"),
+            ("--text-weight-format", selection.text_weight_format, "auto"),
+            ("--placement", selection.placement, "auto"),
+            ("--vae-tile", selection.vae_tile, "auto"),
+            ("--step-cache", selection.step_cache, "auto"),
+            ("--batch-size", selection.batch_size, 0),
+        ):
+            if value != default:
+                words += [flag, str(value)]
+        if work.guidance_passes != guidance_passes(self.model, defaults.guidance_scale):
+            words += ["--guidance", "1" if work.guidance_passes == 1 else "4"]
+        for flag, cap in (("--max-vram", selection.max_vram_bytes), ("--max-ram", selection.max_ram_bytes)):
+            if cap is not None:
+                words += [flag, f"{cap // GIB}GiB" if cap % GIB == 0 else f"{cap // MIB}MiB"]
+        return shlex.join(words)
+
+    def plan(self, profile: str, support: Support) -> Plan:
+        """Without reasons. Raises what ``make_plan`` does."""
+        return make_plan(
+            self.model,
+            self.workload,
+            self.hardware,
+            self.selection,
+            profile=profile,
+            support=support,
+            with_reasons=False,
+        )

@@ -1,0 +1,44 @@
+"""What quantizing a component into the prepared store takes, once, before the first run with its format."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from lowmem_flux2.planning.cost import block_sizes
+from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS
+from lowmem_flux2.planning.hardware import Hardware
+from lowmem_flux2.planning.models import Component, ModelSpec
+from lowmem_flux2.planning.plan import Preparation, StagePlan
+
+WEIGHTS_PER_S = {"int8": 456e6, "fp8": 483e6, "nf4": 40e6, "int4": 297e6}
+"""Weights that one thread quantizes in a second: processor time of ``runtime.quantize`` on 6144 x 6144 in bf16, best of
+three, torch 2.13 on an AMD EPYC (Zen 5), 2026-11-24. Other processors differ."""
+SLOWEST_WEIGHTS_PER_S = min(WEIGHTS_PER_S.values())
+"""Assumed of a format that nobody has measured."""
+CHECKSUM_BYTES_PER_S = 780e6
+"""blake2b, one thread of the same processor."""
+
+Prepared = Collection[tuple[Component, str, str]]
+"""(component, weight format, compute dtype) of what the store holds for a model."""
+
+
+def preparations(
+    stages: Iterable[StagePlan], model: ModelSpec, hardware: Hardware, prepared: Prepared
+) -> tuple[Preparation, ...]:
+    """What must be made for these stages, beside what is ``prepared``.
+
+    Each block is read, quantized, checked and written, one after the other. The disk is taken to write as fast as it
+    reads: an assumption, profiles have no rate of writing.
+    """
+    missing = []
+    for stage in stages:
+        fmt = FORMATS[stage.weight_format]
+        if not fmt.is_quantized or (stage.component, stage.weight_format, stage.compute_dtype) in prepared:
+            continue
+        blocks = model.transformer.blocks if stage.component == "transformer" else model.text_encoder.blocks
+        weights = sum(block.total_weights for block in blocks)
+        read, written = DTYPE_BYTES[model.stored_dtype] * weights, sum(block_sizes(stage, model))
+        seconds = (read + written) / hardware.disk_read_bytes_per_s + written / CHECKSUM_BYTES_PER_S
+        seconds += weights / WEIGHTS_PER_S.get(stage.weight_format, SLOWEST_WEIGHTS_PER_S)
+        missing.append(Preparation(stage.component, stage.weight_format, read, written, seconds))
+    return tuple(missing)
