@@ -154,7 +154,7 @@ def test_where_the_disk_takes_part_spreading_wins_time(monkeypatch: pytest.Monke
     assert Placement.GPU in spread.block_placements[8:]  # of single-stream blocks, with double-stream ones streamed
     assert set(spread.block_placements[:8]) != {Placement.GPU}
     monkeypatch.setattr("lowmem_flux2.planning.search.SPREAD_SLOTS", ())
-    assert planned().cost.run_s > 1.1 * spread.cost.run_s
+    assert planned().cost.run_s > 1.05 * spread.cost.run_s
 
 
 def test_vram_never_shrinks_with_more_slots() -> None:
