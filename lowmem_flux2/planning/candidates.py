@@ -64,22 +64,19 @@ class Job:
 
     def _all_families(self, stage: Stage) -> list[Family]:
         selection, dtype = self.selection, compute_dtype(self.selection, self.hardware)
-        fixed, chunks = (
-            (selection.weight_format, self._chunks()) if stage == "denoise" else (selection.text_weight_format, [0])
-        )
-        batches = (
-            _batches(self.workload.num_images, selection.batch_size)
-            if stage == "denoise"
-            else _batches(self.workload.num_prompts, 0)
-        )
-        return [
-            tuple(
-                self._variant(replace(StagePlan.bare(stage, name, dtype), chunk_tokens=chunk, batch_size=batch))
-                for chunk in chunks
-            )
+        if stage == "denoise":
+            fixed, chunks, caches = selection.weight_format, self._chunks(), self._step_caches()
+            batches = _batches(self.workload.num_images, selection.batch_size)
+        else:
+            fixed, chunks, caches = selection.text_weight_format, [0], ["off"]
+            batches = _batches(self.workload.num_prompts, 0)
+        bares = [
+            replace(StagePlan.bare(stage, name, dtype), step_cache=cache, batch_size=batch)
             for name in _formats(self, fixed, dtype)
+            for cache in caches
             for batch in batches
         ]
+        return [tuple(self._variant(replace(bare, chunk_tokens=chunk)) for chunk in chunks) for bare in bares]
 
     def decodes(self) -> list[StagePlan]:
         """The decode stage untiled, and in each tile that leaves no sliver; or as the user fixed it. Priced."""
@@ -134,6 +131,15 @@ class Job:
         if not self.support.chunk_tokens:
             return [0]
         return [chunk for chunk in CHUNK_TOKENS if chunk < self.workload.sequence_tokens]
+
+    def _step_caches(self) -> list[str]:
+        """Off first; none where quality is preferred, or where the user wants none."""
+        fixed = self.selection.step_cache
+        if fixed != "auto":
+            return [fixed]
+        if self.selection.prefer == "quality":
+            return ["off"]
+        return ["off", *sorted(self.support.step_caches - {"off"})]
 
 
 def fits(stage: StagePlan, limits: Limits) -> bool:

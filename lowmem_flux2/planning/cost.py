@@ -30,7 +30,7 @@ from lowmem_flux2.planning.flops import (
     decode_flops,
     layer_flops,
 )
-from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS, WeightFormat
+from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Placement, StageCost, StagePlan
@@ -91,6 +91,12 @@ class StageWork:
     passing_bytes: int = 0
     host_bytes: int = 0
     result_bytes: int = 0
+
+
+def fidelity_of(stage: StagePlan) -> tuple[float, str]:
+    """Expected relative error of the stage's result against the checkpoint's own weights, and where it is from."""
+    fmt = FORMATS[stage.weight_format]
+    return fmt.weight_error, fmt.provenance
 
 
 def stage_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardware: Hardware) -> StageWork:
@@ -318,10 +324,11 @@ def stage_timeline(stage: StagePlan, work: StageWork, hardware: Hardware) -> Tim
 
 def stage_cost(stage: StagePlan, model: ModelSpec, workload: Workload, hardware: Hardware) -> StageCost:
     """Price one stage. Deterministic; reads nothing but its arguments."""
-    fmt, on_host = FORMATS[stage.weight_format], hardware.device == "cpu"
+    on_host = hardware.device == "cpu"
     work = stage_work(stage, model, workload, hardware)
     if not work.rounds:
-        return _cached_cost(fmt, work.host_bytes, hardware)
+        return _cached_cost(stage, work.host_bytes, hardware)
+    error, provenance = fidelity_of(stage)
     tiers = tiers_of(stage, work.block_bytes, on_host)
     device = device_bytes(work, tiers.gpu, tiers.slots)
     load, run = load_ns(work, tiers, hardware), stage_timeline(stage, work, hardware).total_ns(work.rounds)
@@ -353,19 +360,20 @@ def stage_cost(stage: StagePlan, model: ModelSpec, workload: Workload, hardware:
         read_s=work.rounds * reads / 1e9,
         waiting_s=(run - compute) / 1e9,
         rounds=work.rounds,
-        fidelity_error=fmt.weight_error,
-        fidelity_provenance=fmt.provenance,
+        fidelity_error=error,
+        fidelity_provenance=provenance,
         on_host=on_host,
     )
 
 
-def _cached_cost(fmt: WeightFormat, embeddings_bytes: int, hardware: Hardware) -> StageCost:
+def _cached_cost(stage: StagePlan, embeddings_bytes: int, hardware: Hardware) -> StageCost:
     """All embeddings come from the prompt cache: no weights, no time worth predicting, the format's fidelity."""
     on_host = hardware.device == "cpu"
+    error, provenance = fidelity_of(stage)
     return StageCost(
         context_bytes=0 if on_host else hardware.context_bytes,
         host_bytes=LIBRARIES_HOST_BYTES + embeddings_bytes + (0 if on_host else CUDA_HOST_BYTES),
-        fidelity_error=fmt.weight_error,
-        fidelity_provenance=fmt.provenance,
+        fidelity_error=error,
+        fidelity_provenance=provenance,
         on_host=on_host,
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from lowmem_flux2.errors import DoesNotFit
 from lowmem_flux2.planning.candidates import Job, fits
-from lowmem_flux2.planning.formats import FORMATS
+from lowmem_flux2.planning.cost import fidelity_of
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.objective import balance, effort, effort_of, time_then_effort, time_then_effort_of, unread
@@ -103,8 +103,8 @@ def options_of(job: Job, stage: Stage, value: Value) -> list[Option]:
     """The stage's variants by their fidelity, best first. One search each."""
     groups: dict[tuple[float, str], list[Sequence[Variant]]] = {}
     for family in job.families(stage):
-        name = family[0].bare.weight_format
-        groups.setdefault((FORMATS[name].weight_error, name), []).append(family)
+        bare = family[0].bare
+        groups.setdefault((fidelity_of(bare)[0], bare.weight_format), []).append(family)
     return [
         Option(
             error,

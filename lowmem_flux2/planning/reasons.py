@@ -17,12 +17,12 @@ WAITS_FOR = {"compute": "copies", "link": "the link", "disk": "the disk", "load"
 
 
 def reasons_of(chosen: StagePlan, job: Job, better: StagePlan | None) -> tuple[str, ...]:
-    """Sentences about the weight format, the placements and the tiles.
+    """Sentences about the weight format, the placements, the token chunks and the tiles.
 
     Args:
         better: the best plan in the next more faithful format that fits; None where none fits.
     """
-    return (*_formats(chosen, job, better), *_placements(chosen, job), *_tiles(chosen, job))
+    return (*_formats(chosen, job, better), *_placements(chosen, job), *_chunks(chosen, job), *_tiles(chosen, job))
 
 
 def _formats(chosen: StagePlan, job: Job, better: StagePlan | None) -> Iterator[str]:
@@ -73,6 +73,14 @@ def _placements(chosen: StagePlan, job: Job) -> Iterator[str]:
     else:
         waits = format_seconds(chosen.cost.waiting_s)
         yield f"compute waits {waits} ({share:.0%}) for {WAITS_FOR[chosen.cost.bottleneck]}"
+
+
+def _chunks(chosen: StagePlan, job: Job) -> Iterator[str]:
+    if not chosen.chunk_tokens:
+        return
+    whole = job.priced(replace(chosen, chunk_tokens=0)).cost.activation_bytes
+    live = format_bytes(chosen.cost.activation_bytes)
+    yield f"chunks of {chosen.chunk_tokens} tokens: activations of {live} against {format_bytes(whole)} in one piece"
 
 
 def _tiles(chosen: StagePlan, job: Job) -> Iterator[str]:

@@ -237,3 +237,11 @@ def test_tiles_say_what_the_whole_picture_would_need() -> None:
     assert "untiled 6" in reasons(plan_for(KLEIN_4B, "rtx-2060-6gb", 64, px=2048), "decode")
     assert "asked for" in reasons(plan_for(KLEIN_4B, "rtx-3060-12gb", selection=Selection(vae_tile="512")), "decode")
     assert "untiled" in reasons(plan_for(KLEIN_4B, "rtx-3060-12gb"), "decode")
+
+
+def test_chunks_say_what_they_save() -> None:
+    plan = plan_for(DEV, "rtx-4090-24gb", 64, images=4, support=EVERYTHING)
+    assert plan.stage("denoise").chunk_tokens == 2048
+    words = reasons(plan, "denoise")
+    assert "chunks of 2048 tokens: activations of " in words
+    assert " in one piece" in words
