@@ -37,7 +37,7 @@ class Bytes:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One stage, predicted in closed form and simulated on fake tensors. The predicted margin and context are in neither."""
+    """One stage, predicted in closed form and simulated on fake tensors. Margin and context are in neither."""
 
     stage: str
     predicted: Bytes

@@ -37,7 +37,7 @@ class Expansion:
     def of(fmt: WeightFormat, dtype_bytes: int) -> Expansion:
         if not fmt.is_quantized:
             return Expansion(0, 0)
-        return Expansion(dtype_bytes, dtype_bytes + fmt.transient_per_weight_bytes - 2)
+        return Expansion(dtype_bytes, dtype_bytes + fmt.scratch_bytes_per_weight)
 
     def linear_bytes(self, held: float, weights: int, output: float) -> float:
         """The peak of one Linear: ``held`` bytes live throughout, its input among them, ``output`` bytes are made."""

@@ -162,7 +162,7 @@ def _encode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
     embedding = length * dims.joint_dim * dtype_bytes
     # The tapped states of a pass come to the host first, then a batch's are laid side by side. On a CPU they are there,
     # and the last tapped is still the batch's hidden state when the stage peaks.
-    beside = max(sizes, default=0)
+    beside = float(max(sizes, default=0))
     if hardware.device == "cpu":
         beside = -sum(passes[-1]) / len(dims.out_layers) if passes else 0
     return StageWork(
@@ -175,7 +175,8 @@ def _encode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
             encode_activation_bytes(model, workload, batches, dtype_bytes, fmt)
             for batches in set(passes) or {(stage.batch_size,)}
         ),
-        passing_bytes=(sum(sizes) + workload.guidance_passes * workload.num_prompts) * embedding,  # joined, no block left
+        passing_bytes=(sum(sizes) + workload.guidance_passes * workload.num_prompts)
+        * embedding,  # joined, no block left
         result_bytes=round((sum(sizes) + beside) * embedding),
     )
 

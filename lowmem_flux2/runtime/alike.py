@@ -34,7 +34,7 @@ class Cut:
 
 def cut_transformer(folder: Path, model: ModelSpec, stage: StagePlan, into: Path) -> Cut:
     """Keep two blocks of each kind, one of each placement, and as many streamed ones as there are slots."""
-    doubles, singles = model.transformer.num_double, model.transformer.num_single
+    doubles = model.transformer.num_double
     placed = stage.block_placements
     kept, repeats = [], []
     for kind in (placed[:doubles], placed[doubles:]):
@@ -106,7 +106,7 @@ def _copy_configs(folder: Path, into: Path, component: str, changed: dict[str, A
         shutil.copytree(folder / part, into / part, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin"))
     path = into / component / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    section = config[nested] if nested in config else config
+    section = config.get(nested, config)
     section.update(changed)
     if section.get("layer_types"):
         section["layer_types"] = section["layer_types"][: changed["num_hidden_layers"]]

@@ -35,7 +35,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.now_bytes: Counter[str] = Counter()
         self.span_bytes: Counter[str] = Counter()

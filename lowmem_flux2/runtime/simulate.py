@@ -1,4 +1,4 @@
-"""What a plan's stages hold at their peak, found by running them on fake tensors: the full-size modules of diffusers and
+"""What a plan's stages hold at their peak, found by running them on fake tensors: diffusers' full-size modules and
 transformers in the executor's own stage classes, without weights, time or a GPU.
 
 Simulated bytes are live tensors, each rounded as the allocator rounds it. The allocator's fragmentation, library
@@ -220,7 +220,8 @@ class _Decoder(Decoder):
         down, across = (tile_starts(side, tile_px) for side in (work.height, work.width))
         totals = Counter((height, width) for _, height in down for _, width in across)
         seen: Counter[tuple[int, int]] = Counter()
-        run, made = vae.decoder.forward, {}
+        run = vae.decoder.forward
+        made: dict[tuple[int, int], torch.Size] = {}
 
         def forward(latents: torch.Tensor) -> torch.Tensor:
             size = (latents.shape[-2], latents.shape[-1])

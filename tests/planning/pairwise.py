@@ -60,6 +60,4 @@ def _column(columns: Sequence[Sequence[int]], levels: int, generator: random.Ran
 
 
 def _missing(columns: Sequence[Sequence[int]], column: Sequence[int], levels: int) -> int:
-    return sum(
-        (max(other) + 1) * levels - len(set(zip(other, column, strict=True))) for other in columns
-    )
+    return sum((max(other) + 1) * levels - len(set(zip(other, column, strict=True))) for other in columns)

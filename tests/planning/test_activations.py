@@ -92,7 +92,9 @@ def test_a_small_decoder_is_counted_by_its_own_channels() -> None:
 
 
 @given(SIDES, SIDES, st.sampled_from(TILE_SIDES_PX), st.integers(1, 50))
-def test_tiles_never_need_more_than_their_picture_and_stitching(width: int, height: int, tile: int, images: int) -> None:
+def test_tiles_never_need_more_than_their_picture_and_stitching(
+    width: int, height: int, tile: int, images: int
+) -> None:
     vae, run = spec(DEV).vae, sized(width, height, images)
     tiled, whole = (decode_activation_bytes(vae, run, px, BF16) for px in (tile, 0))
     picture = vae.out_channels * width * height * BF16

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from machines import DEV, KLEIN_4B, KLEIN_9B, KLEIN_BASE, MODELS, machine, plan_for, spec, work
+from machines import DEV, KLEIN_4B, KLEIN_9B, machine, plan_for, spec, work
 
 from lowmem_flux2.planning import cost
 from lowmem_flux2.planning.formats import FORMATS

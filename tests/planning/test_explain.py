@@ -16,7 +16,7 @@ from lowmem_flux2.planning.plan import Limits, Placement, Plan
 from lowmem_flux2.planning.planner import make_plan
 from lowmem_flux2.planning.selection import Selection
 from lowmem_flux2.planning.support import EVERYTHING
-from lowmem_flux2.units import GIB, format_bytes, format_seconds
+from lowmem_flux2.units import GIB, format_seconds
 
 
 def shown(plan: Plan, width: int = 200, improvements: tuple[str, ...] = ()) -> str:

@@ -226,7 +226,7 @@ def test_live_bytes_are_what_the_allocator_hands_out(dtype: torch.dtype, scratch
         now += event.nbytes()
         most = max(most, now)
     assert live.peak_bytes["cpu"] <= most <= (1 + scratch) * live.peak_bytes["cpu"]
-    # Input, norm, projection 9, query, key, result, gate and product 3, both side by side 4; the input was there before.
+    # Input, norm, projection 9, query, key, result, gate and product 3, side by side 4; the input was there before.
     assert live.peak_bytes["cpu"] == 20 * tokens * width * dtype.itemsize
 
 
@@ -260,7 +260,9 @@ def test_a_cut_model_of_full_size_has_the_peaks_of_the_whole_one() -> None:
     plan = plan_job(source, resolve_machine("rtx-4090-24gb", "auto"), make_request(source.spec, ("x",)), Selection())
     cut, whole = (
         [
-            simulate_stage(mixed(stage), replace(plan.workload, steps=2), source.spec, source.configs, every_block=every)
+            simulate_stage(
+                mixed(stage), replace(plan.workload, steps=2), source.spec, source.configs, every_block=every
+            )
             for stage in plan.stages[:2]
         ]
         for every in (False, True)
@@ -269,7 +271,7 @@ def test_a_cut_model_of_full_size_has_the_peaks_of_the_whole_one() -> None:
 
 
 def test_cuda_kernels_differ_from_the_cpus_only_where_no_peak_is() -> None:
-    """Their attention and norms hold other tensors, which are gone when a stage peaks; inputs wait in the host's RAM."""
+    """Their attention and norms hold other tensors, which are gone when a stage peaks; inputs wait on the host."""
     source = resolve_model("flux2-klein-base-4b")
     request = make_request(source.spec, ("x",), width=512, height=768, num_inference_steps=2)
     plan = plan_job(source, resolve_machine("rtx-4090-24gb", "auto"), request, Selection(vae_tile="256"))
