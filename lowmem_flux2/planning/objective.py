@@ -41,6 +41,11 @@ def time_then_effort(time_ns: int, load_ns: int, reread_ns: int, recopy_ns: int)
     return (time_ns // 1000 << 96) + effort(time_ns, load_ns, reread_ns, recopy_ns)
 
 
+def time_of(value: int) -> int:
+    """Nanoseconds of a ``time_then_effort``, to the microsecond."""
+    return (value >> 96) * 1000
+
+
 def effort_of(stage: StagePlan) -> int:
     return effort(*_lanes_ns(stage))
 

@@ -15,15 +15,27 @@ from lowmem_flux2.planning.candidates import Job, fits
 from lowmem_flux2.planning.cost import fidelity_of
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
-from lowmem_flux2.planning.objective import balance, effort, effort_of, time_then_effort, time_then_effort_of, unread
+from lowmem_flux2.planning.objective import (
+    balance,
+    effort,
+    effort_of,
+    time_of,
+    time_then_effort,
+    time_then_effort_of,
+    unread,
+)
 from lowmem_flux2.planning.plan import SCHEMA_VERSION, STAGES, Limits, Plan, Stage, StagePlan
 from lowmem_flux2.planning.preparation import Prepared, preparations
-from lowmem_flux2.planning.reasons import reasons_of
+from lowmem_flux2.planning.reasons import Finer, reasons_of
 from lowmem_flux2.planning.residency import Variant
 from lowmem_flux2.planning.search import Search, Value
 from lowmem_flux2.planning.selection import Selection, StreamFrom, check_selection, limits_of
 from lowmem_flux2.planning.support import EVERYTHING, SUPPORTED, Support
 from lowmem_flux2.planning.workload import Workload
+
+FINER_STEPS = 200
+"""Where speed is preferred, what a more faithful format would take is not worked out to the end: it is a lot of work,
+as many of its plans take all but the same time."""
 
 __all__ = ["Selection", "StreamFrom", "limits_of", "make_plan"]
 
@@ -150,11 +162,21 @@ def choose(jobs: Mapping[Stage, Job]) -> tuple[dict[Stage, StagePlan], Options]:
 
 def _reasons(stage: StagePlan, job: Job, options: Options) -> tuple[str, ...]:
     """Why a stage is what it is; beside it the best in the next more faithful format that fits."""
-    better = None
-    if stage.stage in options and job.selection.prefer != "memory":
-        finer = [option for option in options[stage.stage] if option.error < stage.cost.fidelity_error]
-        better = next(filter(None, (option.search.run() for option in reversed(finer))), None)
-    return reasons_of(stage, job, better and job.priced(better))
+    finer = [option for option in options.get(stage.stage, ()) if option.error < stage.cost.fidelity_error]
+    found = None
+    if job.selection.prefer != "memory":
+        found = next(filter(None, (_finer(option, job) for option in reversed(finer))), None)
+    return reasons_of(stage, job, found)
+
+
+def _finer(option: Option, job: Job) -> Finer | None:
+    search = option.search
+    if job.selection.prefer == "speed":
+        search.advance(FINER_STEPS)
+        if search.found is None and search.bound is not None:
+            return Finer(option.weight_format, time_of(search.bound) / 1e9, is_exact=False)
+    best = search.run()
+    return None if best is None else Finer(option.weight_format, job.priced(best).cost.time_s, is_exact=True)
 
 
 def _decode(job: Job, by_time: bool) -> StagePlan:

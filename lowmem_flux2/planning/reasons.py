@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 from lowmem_flux2.planning.candidates import Job, Least, fits
 from lowmem_flux2.planning.formats import FORMATS
@@ -16,16 +17,20 @@ WAITS_FOR = {"compute": "copies", "link": "the link", "disk": "the disk", "load"
 """What compute waits for, by the stage's bottleneck."""
 
 
-def reasons_of(chosen: StagePlan, job: Job, better: StagePlan | None) -> tuple[str, ...]:
-    """Sentences about the weight format, the placements, the token chunks and the tiles.
+class Finer(NamedTuple):
+    """The next more faithful format that fits, and the time of the best plan in it, or less than that."""
 
-    Args:
-        better: the best plan in the next more faithful format that fits; None where none fits.
-    """
-    return (*_formats(chosen, job, better), *_placements(chosen, job), *_chunks(chosen, job), *_tiles(chosen, job))
+    weight_format: str
+    time_s: float
+    is_exact: bool
 
 
-def _formats(chosen: StagePlan, job: Job, better: StagePlan | None) -> Iterator[str]:
+def reasons_of(chosen: StagePlan, job: Job, finer: Finer | None) -> tuple[str, ...]:
+    """Sentences about the weight format, the placements, the token chunks and the tiles."""
+    return (*_formats(chosen, job, finer), *_placements(chosen, job), *_chunks(chosen, job), *_tiles(chosen, job))
+
+
+def _formats(chosen: StagePlan, job: Job, finer: Finer | None) -> Iterator[str]:
     """Each more faithful format that does not fit, and the next one that does."""
     if chosen.stage == "decode":
         return
@@ -41,9 +46,10 @@ def _formats(chosen: StagePlan, job: Job, better: StagePlan | None) -> Iterator[
             vram, ram, _ = min(need for need in job.least(chosen.stage, families) if need.fits(job.limits))
             least = f"{format_bytes(ram)} RAM" if chosen.cost.on_host else f"{format_bytes(vram)} VRAM"
             yield f"not {name}: {least} against {peak(chosen)}, prefer memory"
-        elif better is not None and better.weight_format == name:
-            quickest = format_seconds(better.cost.time_s)
-            yield f"not {name}: {quickest} against {format_seconds(chosen.cost.time_s)}, prefer {prefer}"
+        elif finer is not None and finer.weight_format == name:
+            least = "" if finer.is_exact else "no less than "
+            times = f"{least}{format_seconds(finer.time_s)} against {format_seconds(chosen.cost.time_s)}"
+            yield f"not {name}: {times}, prefer {prefer}"
 
 
 def _placements(chosen: StagePlan, job: Job) -> Iterator[str]:

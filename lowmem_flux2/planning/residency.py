@@ -104,7 +104,8 @@ class TieredBlocks:
         )
         either = {size: _either(pageable[size], disk[size]) for size in disk}
         self.pinned, self.pageable, self.disk, self.either = (
-            [kind[size].packed for size in work.block_bytes] for kind in (pinned, pageable, disk, either)
+            list(map({size: way.packed for size, way in kind.items()}.__getitem__, work.block_bytes))
+            for kind in (pinned, pageable, disk, either)
         )
         self.copy_pinned = _sums(pinned[size].copy_ns for size in self.sizes)
         self.copy_pageable = _sums(pageable[size].copy_ns for size in self.sizes)

@@ -221,7 +221,7 @@ def test_residency_says_that_it_fits() -> None:
 def test_a_less_faithful_format_says_why_not_the_better_ones() -> None:
     fast = plan_for(DEV, "rtx-4090-24gb", 32, selection=Selection(prefer="speed"), support=EVERYTHING)
     assert fast.stage("denoise").weight_format == "nf4"
-    assert "not int8: 1 min" in reasons(fast, "denoise")
+    assert "not int8: no less than 1 min" in reasons(fast, "denoise")
     assert "prefer speed" in reasons(fast, "denoise")
     whole = Selection(placement="resident")
     small = plan_for(DEV, "rtx-4090-24gb", 64, selection=whole, support=EVERYTHING)
