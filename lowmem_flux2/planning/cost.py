@@ -110,13 +110,13 @@ def stage_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardware:
 
 def block_sizes(stage: StagePlan, model: ModelSpec) -> list[int]:
     """Stored bytes of each block of the stage's component in its weight format, in the order of use."""
-    fmt = FORMATS[stage.weight_format]
+    fmt, dtype_bytes = FORMATS[stage.weight_format], DTYPE_BYTES[stage.compute_dtype]
     if stage.stage == "decode":
         return []
     if stage.stage == "encode":
-        return [fmt.block_bytes(model.text_encoder.layer)] * model.text_encoder.layers_used
+        return [fmt.block_bytes(model.text_encoder.layer, dtype_bytes)] * model.text_encoder.layers_used
     dims = model.transformer
-    doubles, singles = fmt.block_bytes(dims.double_block), fmt.block_bytes(dims.single_block)
+    doubles, singles = (fmt.block_bytes(block, dtype_bytes) for block in (dims.double_block, dims.single_block))
     return [doubles] * dims.num_double + [singles] * dims.num_single
 
 
@@ -139,11 +139,11 @@ def _denoise_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwa
         compute_ns=(double_ns,) * dims.num_double + (single_ns,) * dims.num_single,
         between_ns=nanoseconds(STEP_OVERHEADS * overhead_s, 1),
         rounds=-(-workload.num_images // batch) * workload.steps,
-        kept_bytes=fmt.plain_bytes(dims.remaining_non_block_weights),
+        kept_bytes=fmt.plain_bytes(dims.remaining_non_block_weights, dtype_bytes),
         activation_bytes=denoise_activation_bytes(model, workload, batch, dtype_bytes, stage.chunk_tokens, fmt),
-        once_bytes=fmt.plain_bytes(dims.conditioning_weights)
+        once_bytes=fmt.plain_bytes(dims.conditioning_weights, dtype_bytes)
         + conditioning_peak_bytes(model, workload, batch, dtype_bytes),
-        passing_bytes=fmt.plain_bytes(largest_embedder),
+        passing_bytes=fmt.plain_bytes(largest_embedder, dtype_bytes),
         host_bytes=workload.num_images * text_input + noise,
         result_bytes=2 * noise,  # each batch's, and all joined
     )
@@ -198,7 +198,7 @@ def _decode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
         compute_ns=(),
         between_ns=nanoseconds(flops / rate + DECODER_OVERHEADS * hardware.block_overhead_s, 1),
         rounds=workload.num_images,
-        kept_bytes=fmt.plain_bytes(vae.decoder_weights),
+        kept_bytes=fmt.plain_bytes(vae.decoder_weights, dtype_bytes),
         activation_bytes=activations,
         result_bytes=host,
     )
