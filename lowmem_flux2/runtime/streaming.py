@@ -8,8 +8,9 @@
 A block's tensors lie in one span, each aligned to 256 bytes, so a block is one copy. Slots are allocated once; there
 is no allocation in the loop. On a GPU the host issues the copies of pinned blocks on one stream and never waits for
 them: the compute stream waits for the copy's event, and the copy stream for the event after the slot's last use.
-Pageable and disk blocks are brought by a worker thread, for which the host may have to wait. With ``device=cpu`` the
-same code runs, the worker thread in place of the copy stream.
+Pageable and disk blocks are brought by a worker thread, for which the host may have to wait, and so are pinned ones
+right behind them, so that copies keep the order of use. With ``device=cpu`` the same code runs, the worker thread in
+place of the copy stream.
 
 What is ordered, and by what:
 
@@ -34,6 +35,9 @@ from lowmem_flux2.runtime.layout import BlockSource, allocate, bind, unbind
 from lowmem_flux2.runtime.pinning import Pinning
 from lowmem_flux2.runtime.transport import Transport, transport_for
 from lowmem_flux2.units import format_bytes
+
+PAGE_BYTES = 4096
+"""Memory is pinned in whole pages, and a page that two spans shared could be pinned for one of them only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +113,7 @@ class BlockStreamer:
         self._rounds_left = rounds
         self._uses: deque[_Use] = deque()
         self._held: _Slot | None = None
+        self._bringing: Future[None] | None = None  # what was given to the worker last
         self._issued = 0  # uses ever sent for; the next goes into slot issued mod n
         self._origin = 0  # the use that was, or will be, a round's first block
         self._limit = 0  # uses that may be sent for in all
@@ -181,21 +186,21 @@ class BlockStreamer:
 
     def _host_span(self, size_bytes: int, pin: bool) -> tuple[torch.Tensor, bool]:
         """Host memory, and whether it is pinned: registered, since pinned allocations are rounded to a power of two."""
-        span = allocate(size_bytes, torch.device("cpu"))
         if not pin or not self._transport.is_asynchronous:
-            return span, False
+            return allocate(size_bytes, torch.device("cpu")), False
         if self._pinning is not None:
             held = sum(other.numel() for other in self._registered)
             if held + size_bytes > self._pinning.limit_bytes:  # planned so: a ring that may not be pinned
-                return span, False
-        failure = self._transport.pin(span)
+                return allocate(size_bytes, torch.device("cpu")), False
+        pages = allocate(-(-size_bytes // PAGE_BYTES) * PAGE_BYTES, torch.device("cpu"))
+        failure = self._transport.pin(pages)
         if failure is None:
-            self._registered.append(span)
+            self._registered.append(pages)
         elif not self._has_warned:
             self._has_warned = True
             plain = f"could not pin {format_bytes(size_bytes)} ({failure}): copying from pageable memory instead"
             self._warn(self._pinning.warning(size_bytes, failure) if self._pinning else plain)
-        return span, failure is None
+        return pages[:size_bytes], failure is None
 
     # ------------------------------------------------------------------------------------------------- a round
 
@@ -241,16 +246,17 @@ class BlockStreamer:
         self._prefetch()
 
     def _prefetch(self) -> None:
-        """Send for blocks as long as slots are free and the announced rounds need them."""
-        while self._issued < self._limit and len(self._uses) + (self._held is not None) < len(self._slots):
+        """Send for blocks as long as slots are free (none is in use now) and the announced rounds need them."""
+        while self._issued < self._limit and len(self._uses) < len(self._slots):
             index = self._streamed[(self._issued - self._origin) % len(self._streamed)]
             slot = self._slots[self._issued % len(self._slots)]
             self._issued += 1
             brought = None
-            if index in self._inline:
+            # Copies keep the order of use: an earlier one must not stand behind what a later one waits for.
+            if index in self._inline and (self._bringing is None or self._bringing.done()):
                 self._copy(self._spans[index], slot)
             else:
-                brought = self._worker.submit(self._bring, index, slot)
+                brought = self._bringing = self._worker.submit(self._bring, index, slot)
             self._uses.append(_Use(index, slot, brought))
 
     def _take(self, index: int) -> _Slot:

@@ -145,16 +145,6 @@ def test_any_mixture_of_placements_and_slots_is_right(
         streamer.close()
 
 
-def test_resident_blocks_come_whole_through_two_host_buffers(blocks: Blocks, files: TensorFile) -> None:
-    """How a GPU's resident blocks are loaded, here into RAM: buffers are used again while the worker reads on."""
-    streamer = blocks.streamer(MIXTURES["gpu"], 0, files)
-    for span in streamer._spans.values():
-        span.zero_()
-    streamer._load_through_host(range(COUNT))
-    check_rounds(blocks, streamer, 1)
-    streamer.close()
-
-
 @pytest.mark.parametrize("mixture", ["mixed", "disk"])
 def test_weights_are_converted_on_their_way(mixture: str, blocks: Blocks, files: TensorFile) -> None:
     streamer = blocks.streamer(MIXTURES[mixture], 2, files, torch.bfloat16)
