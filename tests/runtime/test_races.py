@@ -406,7 +406,7 @@ def test_the_worker_of_a_second_gpu_has_it_as_its_current_device() -> None:
     with torch_cuda(machine):
         transport = CudaTransport(DEVICE)
         with transport.worker() as worker:
-            source, target = allocate(4096, CPU, 4096), allocate(4096, CPU)
+            source, target = allocate(4096, CPU), allocate(4096, CPU)
             machine.pin(source)
             worker.submit(transport.copy, source, target).result(timeout=20)
     assert machine.faults == []

@@ -279,7 +279,7 @@ def test_layout_is_aligned_contiguous_and_complete(blocks: Blocks) -> None:
             assert place.offset % 256 == 0
             assert 0 <= place.offset - end < 256  # no overlap, and no gap but the padding
             end = place.offset + 2 * torch.Size(place.shape).numel()
-        assert end <= layout.total_bytes < end + 256
+        assert end <= layout.total_bytes < end + 4096 and layout.total_bytes % 4096 == 0
 
 
 @given(st.integers(0, 5000))
