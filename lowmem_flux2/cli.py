@@ -72,8 +72,9 @@ def generate(
     lowmem-flux2 generate -p "a large red circle in the center on a blue background" -s 0
     """
     from lowmem_flux2 import preparing
+    from lowmem_flux2.folders import cache_folder
     from lowmem_flux2.planning.explain import explain
-    from lowmem_flux2.runtime.cache import cache_folder, prompt_cache_limit, prompt_files
+    from lowmem_flux2.runtime.cache import prompt_cache_limit, prompt_files
     from lowmem_flux2.runtime.picture import OutputPattern, check_writable
     from lowmem_flux2.runtime.running import Running
 
@@ -268,6 +269,35 @@ def bench(
         if prompt_file is not None or dtype != "auto":
             raise UsageError("--prompt-file and --dtype go with --fidelity")
         run_bench(model or EMBEDDED, prompt, steps, output, out)
+
+
+@app.command()
+def calibrate(
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Profile TOML to write; if not given, where --profile auto finds it."),
+    ] = None,
+    device: opt.Device = "auto",
+    seconds: Annotated[
+        float, typer.Option(min=1, max=3600, help="About how long to measure; importing torch comes on top.")
+    ] = 45,
+    folder: Annotated[
+        Path | None, typer.Option(help="A folder on the disk that weights lie on.  [default: the cache folder]")
+    ] = None,
+    from_reports: Annotated[
+        Path | None,
+        typer.Option(help="Measure nothing: fit the machine's constants to the reports (generate --report) in there."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file that is there.")] = False,
+) -> None:
+    """Measure this machine, so that predictions are its own: rates, overheads, disk, memory.
+
+    lowmem-flux2 calibrate, then plan and generate as before
+    """
+    with _interruptible():
+        from lowmem_flux2 import calibrating
+
+        calibrating.calibrate(calibrating.Wanted(output, device, seconds, folder, from_reports, force), out)
 
 
 @app.command()

@@ -11,9 +11,11 @@ from importlib import metadata, util
 from rich.table import Table
 
 from lowmem_flux2.errors import LowMemFlux2Error
-from lowmem_flux2.planning.detect import available_ram_bytes, detect, ram_limit_bytes, read_nvml
+from lowmem_flux2.folders import cache_folder
+from lowmem_flux2.planning.detect import available_ram_bytes, detect, ram_limit_bytes
+from lowmem_flux2.planning.nvml import read_nvml
 from lowmem_flux2.planning.sources import MODEL_NAMES, resolve_model
-from lowmem_flux2.runtime.cache import cache_folder, prompt_cache_limit, prompt_files, prompts_folder
+from lowmem_flux2.runtime.cache import prompt_cache_limit, prompt_files, prompts_folder
 from lowmem_flux2.units import format_bytes
 from lowmem_flux2.version import __version__
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from lowmem_flux2.console import ConsoleObserver
 from lowmem_flux2.errors import CheckpointBroken, UsageError
+from lowmem_flux2.folders import cache_folder
 from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.job import Machine
 from lowmem_flux2.planning.models import Component
@@ -20,7 +21,7 @@ from lowmem_flux2.planning.preparation import Prepared
 from lowmem_flux2.planning.selection import Selection, check_selection, compute_dtype
 from lowmem_flux2.planning.sources import ModelSource
 from lowmem_flux2.planning.support import LIBRARY_OF, SUPPORTED
-from lowmem_flux2.runtime.cache import MANIFEST, cache_folder, clear_prompts, prompt_files
+from lowmem_flux2.runtime.cache import MANIFEST, clear_prompts, prompt_files
 from lowmem_flux2.units import format_bytes
 
 PROMPTS = "prompts"

@@ -9,15 +9,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from rich.table import Table
 
+from lowmem_flux2.errors import UsageError
+from lowmem_flux2.planning.identity import Identity
+from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.units import format_bytes, format_seconds
 
 
 @dataclass(frozen=True, slots=True)
 class StageMeasure:
-    """What one stage took. ``peak_vram_bytes`` includes the CUDA context and is 0 on a CPU; see ``runtime.device``."""
+    """What one stage took. ``peak_vram_bytes`` includes the CUDA context and is 0 on a CPU; see ``runtime.device``.
+
+    ``step_s`` is the median time from one denoising step (encoder layer, picture) to the next, the first apart; 0 where
+    there were fewer than two. ``disk_read_bytes`` came from the block device: 0 says that the page cache had it all,
+    None that the system does not tell.
+    """
 
     stage: str
     component: str
@@ -28,6 +37,8 @@ class StageMeasure:
     driver_used_bytes: int
     peak_ram_bytes: int
     peak_rss_bytes: int
+    step_s: float = 0.0
+    disk_read_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +52,14 @@ class ImageRecord:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One run. ``events`` are warnings and re-plans, in order; ``cached_prompts`` came from the prompt cache."""
+    """One run, with all that a calibration needs of it.
+
+    Args:
+        events: warnings and re-plans, in order.
+        cached_prompts: came from the prompt cache.
+        machine: where it ran; None where NVML does not know the GPU.
+        spec: the model in numbers: reports outlive the folders that models were in.
+    """
 
     plan: Plan
     stages: tuple[StageMeasure, ...]
@@ -49,6 +67,8 @@ class Report:
     images: tuple[ImageRecord, ...]
     versions: Mapping[str, str]
     cached_prompts: tuple[str, ...] = ()
+    machine: Identity | None = None
+    spec: ModelSpec | None = None
 
     @property
     def peak_vram_bytes(self) -> int:
@@ -81,6 +101,8 @@ class Report:
             "cached_prompts": list(self.cached_prompts),
             "images": [asdict(image) for image in self.images],
             "versions": dict(self.versions),
+            "machine": None if self.machine is None else asdict(self.machine),
+            "model": None if self.spec is None else asdict(self.spec),
         }
 
     def table(self) -> Table:
@@ -132,6 +154,31 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+_STAGES: TypeAdapter[tuple[StageMeasure, ...]] = TypeAdapter(tuple[StageMeasure, ...])
+_MACHINE: TypeAdapter[Identity | None] = TypeAdapter(Identity | None)
+_SPEC: TypeAdapter[ModelSpec | None] = TypeAdapter(ModelSpec | None)
+
+
+def read_report(path: Path) -> Report:
+    """Read back what ``write_report`` wrote, but for the pictures.
+
+    Raises:
+        UsageError: not a report, or one of another version.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        plan = Plan.from_json(raw["plan"], str(path))
+        stages = _STAGES.validate_python(raw["measured"]["stages"])
+        machine, spec = _MACHINE.validate_python(raw.get("machine")), _SPEC.validate_python(raw.get("model"))
+        return Report(plan, stages, tuple(raw["events"]), (), raw["versions"], machine=machine, spec=spec)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{path}: not a report of this version: {where}: {first['msg']}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: not a report: {type(error).__name__}: {error}") from None
 
 
 def write_report(report: Report, path: Path) -> None:

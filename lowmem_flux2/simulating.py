@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from lowmem_flux2.planning.cost import CUDA_HOST_BYTES, LIBRARIES_HOST_BYTES, READ_BUFFER_BYTES
+from lowmem_flux2.planning.cost import READ_BUFFER_BYTES
+from lowmem_flux2.planning.hardware import CUDA_HOST_BYTES, LIBRARIES_HOST_BYTES
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Plan, StageCost, StagePlan
 from lowmem_flux2.planning.workload import Workload

@@ -6,14 +6,12 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 
 from lowmem_flux2.planning.cost import (
-    CUDA_HOST_BYTES,
-    LIBRARIES_HOST_BYTES,
     READ_BUFFER_BYTES,
     StageWork,
     passages,
     stage_work,
 )
-from lowmem_flux2.planning.hardware import Hardware
+from lowmem_flux2.planning.hardware import CUDA_HOST_BYTES, LIBRARIES_HOST_BYTES, Hardware
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Placement, Plan, StagePlan
 from lowmem_flux2.planning.timeline import ROUNDS_SIMULATED, Span, simulate

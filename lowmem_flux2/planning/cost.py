@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from lowmem_flux2.planning.activations import (
     conditioning_peak_bytes,
@@ -21,7 +21,6 @@ from lowmem_flux2.planning.activations import (
 from lowmem_flux2.planning.batches import batch_sizes, batches_a_pass
 from lowmem_flux2.planning.flops import (
     CHUNK_OVERHEADS,
-    CONVOLUTION_SHARE,
     DECODER_OVERHEADS,
     STEP_OVERHEADS,
     block_flops,
@@ -39,28 +38,25 @@ from lowmem_flux2.planning.timeline import ROUNDS_SIMULATED, Passage, Timeline, 
 from lowmem_flux2.planning.workload import Workload
 from lowmem_flux2.units import MIB
 
-LIBRARIES_HOST_BYTES = 360 * MIB
-"""Anonymous RSS of Python with torch, diffusers and transformers imported: 319 MiB in /proc/self/status with
-torch 2.13 CPU, diffusers 0.42.1, transformers 5.23 (2026-11-23), plus the tokenizer and configs."""
-STAGE_SETUP_S = 0.02
-"""Reading configs and building a stage's modules on the meta device: 15 to 30 ms measured for the model shapes on a
-2-core AMD EPYC (Zen 5), 2026-11-23."""
-CUDA_HOST_BYTES = 600 * MIB
-"""Added by CUDA initialisation and its libraries. Assumed, not measured: no GPU was at hand."""
 READ_BUFFER_BYTES = 16 * MIB
 """Values are converted from the stored dtype in pieces of this size (``runtime.checkpoint.CONVERT_BYTES``)."""
 
 
-def margin_bytes(activation_bytes: int, resident_bytes: int) -> int:
-    """Allocator fragmentation and library workspaces: 64 MiB and 5 % of activations and 1 % of weights.
+def margin_bytes(overhead_bytes: int, activation_bytes: int, resident_bytes: int) -> int:
+    """Library workspaces and allocator fragmentation: the hardware's overhead, 5 % of activations and 1 % of weights.
 
-    A stated margin, not a derived one: cuBLAS and cuDNN workspaces are 8-32 MiB each (their documentation), the
-    caching allocator rounds blocks above 1 MiB up to 2 MiB.
+    A stated margin, not a derived one: the caching allocator rounds blocks above 1 MiB up to 2 MiB.
     """
-    return 64 * MIB + activation_bytes // 20 + resident_bytes // 100
+    return overhead_bytes + activation_bytes // 20 + resident_bytes // 100
 
 
 # ------------------------------------------------------------------------------------------- what a stage works on
+
+
+class _BeforeWeights(TypedDict):
+    first_ns: int
+    process_bytes: int
+    overhead_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +68,9 @@ class StageWork:
         compute_ns: of each block in one round, all guidance passes together.
         between_ns: computed once a round outside the blocks.
         rounds: passes over the blocks.
+        first_ns: what the first round computes longer.
+        process_bytes: RAM of the process before it holds any weight.
+        overhead_bytes: device memory beyond tensors.
         kept_bytes: non-block weights that stay on the device for the whole stage.
         activation_bytes: with the weights of a quantized format that are expanded at the peak.
         once_bytes: weights and tensors that live on the device before any block is loaded, and are dropped again.
@@ -85,6 +84,9 @@ class StageWork:
     compute_ns: tuple[int, ...]
     between_ns: int
     rounds: int
+    first_ns: int
+    process_bytes: int
+    overhead_bytes: int
     kept_bytes: int
     activation_bytes: int
     once_bytes: int = 0
@@ -106,6 +108,15 @@ def stage_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardware:
     if stage.stage == "denoise":
         return _denoise_work(stage, model, workload, hardware)
     return _decode_work(stage, model, workload, hardware)
+
+
+def _before_weights(hardware: Hardware) -> _BeforeWeights:
+    cuda = hardware.cuda_host_bytes if hardware.device == "cuda" else 0
+    return {
+        "first_ns": nanoseconds(hardware.first_pass_s, 1),
+        "process_bytes": hardware.libraries_host_bytes + cuda,
+        "overhead_bytes": hardware.allocator_overhead_bytes,
+    }
 
 
 def block_sizes(stage: StagePlan, model: ModelSpec) -> list[int]:
@@ -139,6 +150,7 @@ def _denoise_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwa
         compute_ns=(double_ns,) * dims.num_double + (single_ns,) * dims.num_single,
         between_ns=nanoseconds(STEP_OVERHEADS * overhead_s, 1),
         rounds=-(-workload.num_images // batch) * workload.steps,
+        **_before_weights(hardware),
         kept_bytes=fmt.plain_bytes(dims.remaining_non_block_weights, dtype_bytes),
         activation_bytes=denoise_activation_bytes(model, workload, batch, dtype_bytes, stage.chunk_tokens, fmt),
         once_bytes=fmt.plain_bytes(dims.conditioning_weights, dtype_bytes)
@@ -156,7 +168,8 @@ def _encode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
     most = batches_a_pass(dims, stage.batch_size, length, dtype_bytes)
     passes = [tuple(sizes[at : at + most]) for at in range(0, len(sizes), most)]
     batches_s = sum(
-        compute_seconds(hardware, stage.compute_dtype, *layer_flops(model, workload, prompts)) for prompts in sizes
+        compute_seconds(hardware, stage.compute_dtype, *layer_flops(model, workload, prompts), hardware.layer_overheads)
+        for prompts in sizes
     )
     layer_ns = nanoseconds(batches_s / max(len(passes), 1), 1)
     embedding = length * dims.joint_dim * dtype_bytes
@@ -169,6 +182,7 @@ def _encode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
         block_bytes=tuple(block_sizes(stage, model)),
         compute_ns=(layer_ns,) * dims.layers_used,
         between_ns=0,
+        **_before_weights(hardware),
         rounds=len(passes),
         kept_bytes=0,  # the embedding stays in its file: only the prompts' rows are read
         activation_bytes=max(
@@ -186,7 +200,7 @@ def _decode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
     dtype_bytes = DTYPE_BYTES[stage.compute_dtype]
     flops = decode_flops(vae, workload.width, workload.height)
     flops *= tiled_pixels_ratio(workload.width, workload.height, stage.tile_px)
-    rate = CONVOLUTION_SHARE * compute_rate(hardware, stage.compute_dtype)
+    rate = hardware.convolution_share * compute_rate(hardware, stage.compute_dtype)
     picture = vae.out_channels * workload.width * workload.height * dtype_bytes
     activations = decode_activation_bytes(vae, workload, stage.tile_px, dtype_bytes)
     host = decode_host_bytes(vae, workload, dtype_bytes)
@@ -198,6 +212,7 @@ def _decode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
         compute_ns=(),
         between_ns=nanoseconds(flops / rate + DECODER_OVERHEADS * hardware.block_overhead_s, 1),
         rounds=workload.num_images,
+        **_before_weights(hardware),
         kept_bytes=fmt.plain_bytes(vae.decoder_weights, dtype_bytes),
         activation_bytes=activations,
         result_bytes=host,
@@ -259,18 +274,18 @@ def device_bytes(work: StageWork, gpu: int, slots: int) -> DeviceBytes:
     resident = gpu + work.kept_bytes
     activation = max(work.activation_bytes, work.once_bytes - resident - slots)
     weights = resident + slots + activation - work.activation_bytes
-    return DeviceBytes(resident, slots, activation, margin_bytes(work.activation_bytes, weights))
+    return DeviceBytes(resident, slots, activation, margin_bytes(work.overhead_bytes, work.activation_bytes, weights))
 
 
 def host_bytes(work: StageWork, tiers: Tiers, on_host: bool) -> int:
     """RAM that is not pinned, in bytes."""
-    host = LIBRARIES_HOST_BYTES + READ_BUFFER_BYTES + work.host_bytes
+    host = work.process_bytes + READ_BUFFER_BYTES + work.host_bytes
     beside = tiers.pageable + work.result_bytes
     if on_host:
         return host + beside + sum(device_bytes(work, tiers.gpu, tiers.slots))
     # Before the arenas exist, resident blocks pass through two host buffers, and embedders tensor by tensor.
     passing = max(tiers.ring + 2 * tiers.largest_resident, work.passing_bytes)
-    return host + CUDA_HOST_BYTES + max(beside, passing - (tiers.pinned + tiers.ring))
+    return host + max(beside, passing - (tiers.pinned + tiers.ring))
 
 
 def loaded_bytes(work: StageWork, tiers: Tiers) -> int:
@@ -283,12 +298,12 @@ def load_ns(work: StageWork, tiers: Tiers, hardware: Hardware) -> int:
 
     One block is copied to the device while the next is read, so the slower of the two counts. The page cache is cold.
     """
-    busy = nanoseconds(loaded_bytes(work, tiers), hardware.disk_read_bytes_per_s)
+    busy = nanoseconds(loaded_bytes(work, tiers), hardware.load_bytes_per_s)
     if hardware.device == "cuda":
         to_device = tiers.gpu + work.kept_bytes + work.once_bytes
         busy = max(busy, nanoseconds(to_device, hardware.h2d_pageable_bytes_per_s))
         busy += nanoseconds(tiers.pinned + tiers.ring, hardware.pin_bytes_per_s)
-    return busy + nanoseconds(STAGE_SETUP_S, 1)
+    return busy + nanoseconds(hardware.stage_setup_s, 1)
 
 
 def passage(placement: Placement, block_bytes: int, hardware: Hardware) -> Passage:
@@ -332,10 +347,11 @@ def stage_cost(stage: StagePlan, model: ModelSpec, workload: Workload, hardware:
     error, provenance = fidelity_of(stage)
     tiers = tiers_of(stage, work.block_bytes, on_host)
     device = device_bytes(work, tiers.gpu, tiers.slots)
-    load, run = load_ns(work, tiers, hardware), stage_timeline(stage, work, hardware).total_ns(work.rounds)
+    load = load_ns(work, tiers, hardware)
+    run = work.first_ns + stage_timeline(stage, work, hardware).total_ns(work.rounds)
     # A ring that may not be pinned works from pageable memory; the reads before it, not its copies, set its pace.
     pinned_ring = tiers.ring if tiers.pinned + tiers.ring <= hardware.pinnable_bytes else 0
-    compute = work.rounds * (sum(work.compute_ns) + work.between_ns)
+    compute = work.first_ns + work.rounds * (sum(work.compute_ns) + work.between_ns)
     from_disk = [placement is Placement.DISK for placement in stage.block_placements]
     ways = passages(stage, work.block_bytes, hardware)
     reads = sum(way.copy_ns if on_host else way.read_ns for way, disk in zip(ways, from_disk, strict=True) if disk)
@@ -373,7 +389,7 @@ def _cached_cost(stage: StagePlan, embeddings_bytes: int, hardware: Hardware) ->
     error, provenance = fidelity_of(stage)
     return StageCost(
         context_bytes=0 if on_host else hardware.context_bytes,
-        host_bytes=LIBRARIES_HOST_BYTES + embeddings_bytes + (0 if on_host else CUDA_HOST_BYTES),
+        host_bytes=hardware.libraries_host_bytes + embeddings_bytes + (0 if on_host else hardware.cuda_host_bytes),
         fidelity_error=error,
         fidelity_provenance=provenance,
         on_host=on_host,

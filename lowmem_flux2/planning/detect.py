@@ -1,7 +1,8 @@
 """What this machine has, for ``--profile auto``: NVML for the card, psutil and cgroups for RAM. Never imports torch.
 
-Rates are not measured here: a known card gets its profile's, an unknown one
-those of the nearest known card, scaled by its core count. Only sizes and the PCIe link are read from the machine.
+Rates are not measured here. A machine that ``calibrate`` has measured gets its own, from the cache folder; else a known
+card gets its profile's, an unknown one those of the nearest known card, scaled by its core count. Sizes, and without a
+calibration the PCIe link, are read from the machine each time.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from lowmem_flux2.errors import UsageError
+from lowmem_flux2.errors import ProfileError, UsageError
+from lowmem_flux2.folders import cache_folder
 from lowmem_flux2.planning.hardware import CLASS_NEEDS, Hardware, Profile, list_profiles, load_profile, read_profile
+from lowmem_flux2.planning.identity import Identity, compute_threads, cpu_model, hashed_uuid
+from lowmem_flux2.planning.nvml import NvmlCard, read_nvml, visible_cards
 from lowmem_flux2.units import GIB, MIB, format_bytes
 
 VRAM_TOLERANCE = 0.10  # NVML's total is up to a few per cent under the nominal size (ECC, firmware)
@@ -29,128 +32,41 @@ PROC_CGROUP = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
-class NvmlCard:
-    """One GPU as NVML describes it.
-
-    Attributes:
-        name: as ``nvidia-smi`` prints it.
-        uuid: ``GPU-...``, as ``CUDA_VISIBLE_DEVICES`` takes it.
-        total_bytes, free_bytes: device memory now; the difference includes what the driver keeps.
-        compute_capability: (major, minor).
-        own_bytes: the part in use by this very process (its CUDA context and allocations).
-        cuda_cores: None where the driver does not say.
-        pcie_generation, pcie_width: best link of card and slot together; None where the driver does not say.
-    """
-
-    name: str
-    uuid: str
-    total_bytes: int
-    free_bytes: int
-    compute_capability: tuple[int, int]
-    own_bytes: int = 0
-    cuda_cores: int | None = None
-    pcie_generation: int | None = None
-    pcie_width: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Host:
     """RAM and CPU: ``ram_bytes`` that we may use, ``pinnable_bytes`` of it, and the flags of ``/proc/cpuinfo``."""
 
     ram_bytes: int
     pinnable_bytes: int
     cpu_flags: frozenset[str]
+    cpu: str = field(default_factory=cpu_model)
+    threads: int = field(default_factory=compute_threads)
 
 
 # --- the card ---
 
 
-def read_nvml() -> tuple[NvmlCard, ...]:
-    """Every GPU in NVML's (PCI bus) order; empty without NVML, driver or GPU. NVML is shut down before it returns."""
-    try:
-        import pynvml
-    except ImportError:
-        return ()
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return ()
-    cards = []
-    try:
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            with suppress(pynvml.NVMLError):  # a card that cannot be queried (lost, no permission) is not usable either
-                cards.append(_read_card(pynvml, pynvml.nvmlDeviceGetHandleByIndex(index)))
-    except pynvml.NVMLError:
-        pass
-    finally:
-        pynvml.nvmlShutdown()
-    return tuple(cards)
-
-
-def _read_card(nvml: Any, handle: Any) -> NvmlCard:
-    def text(value: str | bytes) -> str:
-        return value.decode() if isinstance(value, bytes) else value
-
-    def optional(query: Callable[[Any], int]) -> int | None:
-        with suppress(nvml.NVMLError):  # older drivers and some cards lack it
-            return query(handle) or None
-        return None
-
-    own_bytes = 0
-    with suppress(nvml.NVMLError):
-        processes = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
-        own_bytes = sum(process.usedGpuMemory or 0 for process in processes if process.pid == os.getpid())
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    return NvmlCard(
-        name=text(nvml.nvmlDeviceGetName(handle)),
-        uuid=text(nvml.nvmlDeviceGetUUID(handle)),
-        total_bytes=int(memory.total),
-        free_bytes=int(memory.free),
-        compute_capability=(major, minor),
-        own_bytes=own_bytes,
-        cuda_cores=optional(nvml.nvmlDeviceGetNumGpuCores),
-        pcie_generation=optional(nvml.nvmlDeviceGetMaxPcieLinkGeneration),
-        pcie_width=optional(nvml.nvmlDeviceGetMaxPcieLinkWidth),
-    )
-
-
-def visible_cards(cards: Sequence[NvmlCard], mask: str | None) -> tuple[NvmlCard, ...]:
-    """The cards that CUDA will see under ``CUDA_VISIBLE_DEVICES=mask`` (None: unset), in CUDA's order.
-
-    Indices are taken in NVML's order, which is CUDA's under ``CUDA_DEVICE_ORDER=PCI_BUS_ID`` and on machines with one
-    kind of card. As in CUDA, the first entry that names no card ends the list.
-    """
-    if mask is None:
-        return tuple(cards)
-    chosen = []
-    for entry in (part.strip() for part in mask.split(",")):
-        if entry.startswith("MIG-"):
-            raise UsageError("MIG slices are not detected: pass --profile with a TOML file whose vram is the slice's")
-        if re.fullmatch(r"\d+", entry):
-            found = [cards[int(entry)]] if int(entry) < len(cards) else []
-        else:
-            found = [card for card in cards if entry and card.uuid.startswith(entry)]
-        if len(found) != 1:
-            break
-        chosen += found
-    return tuple(chosen)
-
-
-def hardware_of(card: NvmlCard, host: Host) -> Hardware:
-    """``Hardware`` of a card in this host: the matching profile's rates, or the nearest known card's."""
+def hardware_of(card: NvmlCard, host: Host, *, calibrated: bool = True) -> Hardware:
+    """``Hardware`` of a card in this host: its calibration's rates, the matching profile's, or the nearest card's."""
+    measured = calibration_of(identity_of(card, host)) if calibrated else None
+    if measured is not None:
+        return _in_host(_in_slot(measured.hardware, card), host)
     profiles = [read_profile(name) for name in list_profiles()]
     known = [profile for profile in profiles if profile.hardware.device == "cuda"]
     match = next((profile for profile in known if _matches(profile, card)), None)
     profile = match or min(known, key=lambda candidate: _distance(candidate, card))
     found = match.hardware if match else _derived(profile, card)
+    return _in_host(_on_link(_in_slot(found, card), card), host)
+
+
+def _in_slot(found: Hardware, card: NvmlCard) -> Hardware:
+    """The same with the memory that this card has, and what others hold of it now."""
     others = max(card.total_bytes - card.free_bytes - card.own_bytes, 0)
     reserve = min(found.context_bytes + others, max(card.total_bytes - MIB, 0))
     provenance = dict(found.provenance)
     provenance["vram_bytes"] = f"NVML: total memory of {card.name}"
     provenance["vram_reserve_bytes"] = f"context + {format_bytes(others)} that driver and others hold now (NVML)"
     provenance["compute_capability"] = "NVML"
-    found = replace(
+    return replace(
         found,
         vram_bytes=card.total_bytes,
         vram_reserve_bytes=reserve,
@@ -158,7 +74,6 @@ def hardware_of(card: NvmlCard, host: Host) -> Hardware:
         compute_capability=card.compute_capability,
         provenance=provenance,
     )
-    return _in_host(_on_link(found, card), host)
 
 
 def _plain(name: str) -> str:
@@ -357,8 +272,11 @@ def _in_host(found: Hardware, host: Host) -> Hardware:
     return replace(found, ram_bytes=host.ram_bytes, pinnable_bytes=pinnable_bytes, provenance=provenance)
 
 
-def _cpu(host: Host) -> Hardware:
-    """The ``cpu`` profile in this host, without bf16 where the CPU only emulates it."""
+def _cpu(host: Host, *, calibrated: bool) -> Hardware:
+    """This CPU's calibration, else the ``cpu`` profile without bf16 where the CPU only emulates it; in this host."""
+    measured = calibration_of(identity_of(None, host)) if calibrated else None
+    if measured is not None:
+        return _in_host(measured.hardware, host)
     found = _in_host(load_profile("cpu"), host)
     if host.cpu_flags & BF16_CPU_FLAGS:
         return found
@@ -367,16 +285,51 @@ def _cpu(host: Host) -> Hardware:
     return replace(found, matmul_flops_per_s=rates, provenance=sources)
 
 
+# --- calibrations ---
+
+
+def identity_of(card: NvmlCard | None, host: Host) -> Identity:
+    """This machine with a card, or computing on its CPU (None)."""
+    if card is None:
+        return Identity(host.cpu, host.threads)
+    return Identity(host.cpu, 0, card.name, hashed_uuid(card.uuid))
+
+
+def calibration_path(identity: Identity) -> Path:
+    """Where ``calibrate`` keeps the measurements that ``--profile auto`` takes.
+
+    In the cache folder, whatever ``--cache-dir`` says of prepared weights: 'plan' and 'generate' must find the same.
+    """
+    return cache_folder() / "calibrations" / f"{identity.slug}.toml"
+
+
+def calibration_of(identity: Identity) -> Profile | None:
+    """The calibration of this very machine; None where there is none.
+
+    Raises:
+        ProfileError: there is one that is wrong, or another machine's under this machine's name.
+    """
+    path = calibration_path(identity)
+    if not path.exists():
+        return None
+    remedy = "; measure again with 'lowmem-flux2 calibrate --force', or remove the file"
+    try:
+        found = read_profile(path)
+    except ProfileError as error:
+        raise ProfileError(f"{error}{remedy}") from None
+    if found.identity != identity or found.hardware.device != ("cuda" if identity.gpu else "cpu"):
+        raise ProfileError(f"{path}: made on another machine ({found.identity}), this is {identity}{remedy}")
+    return found
+
+
 # --- both ---
 
 
-def detect(device: str = "auto", *, cards: Sequence[NvmlCard] | None = None, host: Host | None = None) -> Hardware:
-    """``Hardware`` of this machine for ``--profile auto``.
+def find_card(device: str, cards: Sequence[NvmlCard] | None = None) -> NvmlCard | None:
+    """The card that ``device`` means: ``auto`` (the first visible GPU, else none), ``cpu``, ``cuda`` or ``cuda:1``.
 
     Args:
-        device: ``auto`` (first visible GPU, else CPU), ``cpu``, ``cuda`` or ``cuda:1``.
         cards: GPUs to choose from instead of those that NVML reports under ``CUDA_VISIBLE_DEVICES``.
-        host: RAM and CPU instead of this machine's.
 
     Raises:
         UsageError: not such a device, or a GPU asked for that is not there.
@@ -384,15 +337,45 @@ def detect(device: str = "auto", *, cards: Sequence[NvmlCard] | None = None, hos
     wanted = re.fullmatch(r"auto|cpu|cuda(?::(?P<index>\d+))?", device)
     if wanted is None:
         raise UsageError(f"{device!r} is not a device: write auto, cpu, cuda or cuda:1")
-    host = host or read_host()
     if device == "cpu":
-        return _cpu(host)
+        return None
     if cards is None:
         cards = visible_cards(read_nvml(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     index = int(wanted["index"] or 0)
     if index < len(cards):
-        return hardware_of(cards[index], host)
+        return cards[index]
     if device == "auto":
-        return _cpu(host)
+        return None
     seen = ", ".join(f"cuda:{number} {card.name}" for number, card in enumerate(cards)) or "no NVIDIA GPU was found"
     raise UsageError(f"{device} is not there ({seen}); `lowmem-flux2 doctor` says why, `--device cpu` does without")
+
+
+def detect(
+    device: str = "auto",
+    *,
+    cards: Sequence[NvmlCard] | None = None,
+    host: Host | None = None,
+    calibrated: bool = True,
+) -> Hardware:
+    """``Hardware`` of this machine for ``--profile auto``.
+
+    Args:
+        device, cards: as ``find_card`` takes them.
+        host: RAM and CPU instead of this machine's.
+        calibrated: take this machine's calibration where there is one; False is what is assumed without it.
+
+    Raises:
+        UsageError: not such a device, or a GPU asked for that is not there.
+        ProfileError: a calibration of this machine that cannot be used.
+    """
+    card = find_card(device, cards)
+    host = host or read_host()
+    return _cpu(host, calibrated=calibrated) if card is None else hardware_of(card, host, calibrated=calibrated)
+
+
+def identify(device: str = "auto") -> Identity | None:
+    """Which machine this is, computing on ``device``; None for a GPU that NVML does not see."""
+    try:
+        return identity_of(find_card(device), read_host())
+    except UsageError:
+        return None

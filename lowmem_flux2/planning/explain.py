@@ -33,6 +33,8 @@ def _headline(plan: Plan) -> Text:
     work = plan.workload
     text = Text()
     text.append(f"{plan.model} on {plan.profile}", style="bold")
+    if plan.hardware.calibrated:
+        text.append(f" (calibrated {plan.hardware.calibrated})")
     text.append(
         f": {work.num_images} image{'s' if work.num_images > 1 else ''} of {work.width}x{work.height}, "
         f"{work.steps} step{'s' if work.steps > 1 else ''}"

@@ -12,8 +12,6 @@ from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec, VaeSpec
 from lowmem_flux2.planning.workload import Workload
 
-CONVOLUTION_SHARE = 0.5
-"""Share of the matmul rate that convolutions reach. Assumed; calibration is to replace it."""
 STEP_OVERHEADS = 4
 """Launches of a step outside its blocks (projections, norm, scheduler), in block overheads. Assumed."""
 DECODER_OVERHEADS = 20
@@ -74,8 +72,10 @@ def attention_rate(hardware: Hardware, compute_dtype: str) -> float:
     return min(rate, compute_rate(hardware, "fp32"))
 
 
-def compute_seconds(hardware: Hardware, compute_dtype: str, linear_flops: float, attention_flops: float) -> float:
-    """Linear and attention FLOPs, each at its class's rate, and the overhead of one block."""
+def compute_seconds(
+    hardware: Hardware, compute_dtype: str, linear_flops: float, attention_flops: float, overheads: float = 1.0
+) -> float:
+    """Linear and attention FLOPs, each at its class's rate, and so many block overheads."""
     linear_s = linear_flops / compute_rate(hardware, compute_dtype)
     attention_s = attention_flops / attention_rate(hardware, compute_dtype)
-    return linear_s + attention_s + hardware.block_overhead_s
+    return linear_s + attention_s + overheads * hardware.block_overhead_s

@@ -7,24 +7,60 @@ again. On a calibrated machine the fraction is 1.0 and the numbers are measured.
 
 from __future__ import annotations
 
-import difflib
-import re
-import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Literal, get_args
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+from lowmem_flux2.errors import ProfileError
+from lowmem_flux2.planning.identity import Identity
+from lowmem_flux2.planning.profile_file import (
+    CLASS_NEEDS,
+    ProfileFile,
+    file_text,
+    find_line,
+    nearest,
+    rate_text,
+    read_file,
+    size_text,
+)
+from lowmem_flux2.units import MIB
 
-from lowmem_flux2.errors import ProfileError, UsageError
-from lowmem_flux2.units import format_bytes, parse_bytes
+__all__ = [
+    "CLASS_NEEDS",
+    "Hardware",
+    "Profile",
+    "check_profile",
+    "find_line",
+    "list_profiles",
+    "load_profile",
+    "profile_text",
+    "profiles_dir",
+    "read_profile",
+    "value_of",
+    "with_value",
+]
 
-MAX_TFLOPS = 1e4  # 1e16 FLOP/s: ten times an H100's bf16 peak; more is a slip of the unit
-MAX_BYTES_PER_S = 1e13
-CLASS_NEEDS: Mapping[str, tuple[int, int]] = {"fp16": (7, 0), "int8": (7, 5), "bf16": (8, 0), "fp8": (8, 9)}
-"""Least CUDA compute capability whose tensor cores have the class; fp32 runs everywhere."""
+CONVOLUTION_SHARE = 0.5
+LAYER_OVERHEADS = 1.0
+LOAD_SHARE = 1.0
+STAGE_SETUP_S = 0.02
+FIRST_PASS_S = 0.0
+LIBRARIES_HOST_BYTES = 360 * MIB
+CUDA_HOST_BYTES = 600 * MIB
+ALLOCATOR_OVERHEAD_BYTES = 64 * MIB
+ASSUMED: Mapping[str, str] = {
+    "convolution_share": "assumption, to be calibrated",
+    "layer_overheads": "assumption, to be calibrated: a layer has as many launches as a block",
+    "load_share": "assumption, to be calibrated: loading reads as fast as the disk",
+    "stage_setup_s": "15 to 30 ms measured for the model shapes on a 2-core AMD EPYC, 2026-11-23",
+    "first_pass_s": "assumption, to be calibrated: the first pass takes as long as any other",
+    "libraries_host_bytes": "319 MiB anonymous with torch 2.13 CPU, diffusers 0.42.1 and transformers 5.23 imported "
+    "(measured 2026-11-23), and 41 MiB for tokenizer and configs, an assumption",
+    "cuda_host_bytes": "assumption, to be calibrated",
+    "allocator_overhead_bytes": "assumption, to be calibrated: cuBLAS and cuDNN workspaces are 8 to 32 MiB each",
+}
+"""Where the default of each field comes from that no shipped profile sets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +86,15 @@ class Hardware:
         attention_flops_per_s: FLOP/s of scaled dot product attention at the device's main 16-bit class.
         block_overhead_s: host and launch overhead of a transformer block in one pass; matters for tiny models only.
         provenance: field (``matmul_flops_per_s.bf16`` for a class) -> where the number is from.
+        convolution_share: what the VAE's decoder reaches of the matmul rate of its compute dtype.
+        layer_overheads: overhead of a text encoder layer in one pass, in block overheads.
+        load_share: what loading weights (through the page cache, converted) reaches of the disk's read rate.
+        stage_setup_s: reading configs and building a stage's modules, before any weight is read.
+        first_pass_s: what the first pass of a stage takes longer: kernels chosen and loaded, libraries set up.
+        libraries_host_bytes: RAM of Python with the libraries, before any weight is read.
+        cuda_host_bytes: RAM that CUDA adds to it once it is initialised; not counted on a CPU.
+        allocator_overhead_bytes: device memory for library workspaces and what the allocator holds beyond tensors.
+        calibrated: date (2026-11-24) of the measurements on this machine; "" for a profile that was not measured here.
     """
 
     name: str
@@ -68,173 +113,51 @@ class Hardware:
     attention_flops_per_s: float
     block_overhead_s: float
     provenance: Mapping[str, str]
+    convolution_share: float = CONVOLUTION_SHARE
+    layer_overheads: float = LAYER_OVERHEADS
+    load_share: float = LOAD_SHARE
+    stage_setup_s: float = STAGE_SETUP_S
+    first_pass_s: float = FIRST_PASS_S
+    libraries_host_bytes: int = LIBRARIES_HOST_BYTES
+    cuda_host_bytes: int = CUDA_HOST_BYTES
+    allocator_overhead_bytes: int = ALLOCATOR_OVERHEAD_BYTES
+    calibrated: str = ""
+
+    @property
+    def load_bytes_per_s(self) -> float:
+        """Rate at which weights are read into memory before a stage runs, page cache cold."""
+        return self.load_share * self.disk_read_bytes_per_s
+
+
+def with_value(hardware: Hardware, field: str, value: float, source: str) -> Hardware:
+    """The same with one number replaced; ``field`` as in its provenance (``matmul_flops_per_s.bf16`` for a class)."""
+    name, _, key = field.partition(".")
+    provenance = {**hardware.provenance, field: source}
+    made: object = {**hardware.matmul_flops_per_s, key: value} if key else value
+    if name.endswith("_bytes"):
+        made = round(value)
+    return replace(hardware, provenance=provenance, **{name: made})  # type: ignore[arg-type]
+
+
+def value_of(hardware: Hardware, field: str) -> float:
+    """The number that ``with_value`` would replace."""
+    name, _, key = field.partition(".")
+    return float(hardware.matmul_flops_per_s[key] if key else getattr(hardware, name))
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A profile file: its ``Hardware``, where it lies, and what only listing and detection need."""
+    """A profile file: its ``Hardware``, where it lies, and what only listing and detection need.
+
+    ``identity`` is the machine that a calibration was made on; None for a profile that was not measured.
+    """
 
     title: str
     nvml_names: tuple[str, ...]  # as nvidia-smi prints them; empty on a CPU
-    sms: int  # streaming multiprocessors; 0 on a CPU
+    sms: int  # streaming multiprocessors; 0 on a CPU and where the file does not say
     hardware: Hardware
     path: Path
-
-
-# --- the TOML file ---
-
-_SIZE = re.compile(r"\d+(\.\d+)?\s*([KMGT]i?)?B")
-_RATE = re.compile(r"(?P<size>.*B)/s")
-
-
-def _size(value: object) -> int:
-    """Bytes of ``"12 GiB"``; a unit is required, and it is bytes (``GB``), not bits (``Gb``)."""
-    if not isinstance(value, str) or not _SIZE.fullmatch(value.strip()):
-        raise ValueError(f'{value!r} is not a size with a unit: write for example "12 GiB"')
-    try:
-        return parse_bytes(value)
-    except UsageError as error:
-        raise ValueError(str(error)) from None
-
-
-def _rate(value: object) -> float:
-    """Bytes per second of ``"25 GB/s"``."""
-    match = _RATE.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match is None or not _SIZE.fullmatch(match["size"]):
-        raise ValueError(f'{value!r} is not a rate with a unit: write for example "25 GB/s"')
-    rate = float(_size(match["size"]))
-    if rate > MAX_BYTES_PER_S:
-        raise ValueError(f"{value!r} is impossibly fast: more than 10 TB/s")
-    return rate
-
-
-def _capability(value: object) -> tuple[int, int]:
-    """``"8.6"`` -> (8, 6)."""
-    match = re.fullmatch(r"(\d+)\.(\d)", value) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError(f'{value!r} is not a compute capability: write for example "8.6", in quotes')
-    return int(match[1]), int(match[2])
-
-
-Size = Annotated[int, BeforeValidator(_size)]
-Rate = Annotated[float, BeforeValidator(_rate)]
-Capability = Annotated[tuple[int, int], BeforeValidator(_capability)]
-Tflops = Annotated[float, Field(gt=0, le=MAX_TFLOPS, strict=True)]
-Fraction = Annotated[float, Field(gt=0, le=1, strict=True)]
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-
-
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class GpuTable(_Table):
-    nvml_names: Annotated[tuple[Text, ...], Field(min_length=1)]
-    compute_capability: Capability
-    sms: Annotated[int, Field(gt=0, le=1000, strict=True)]
-    boost_mhz: Annotated[float, Field(gt=0, le=10_000, strict=True)]
-    vram: Size
-    vram_reserve: Size
-    context: Size
-
-
-class MatmulTable(_Table):
-    """Dense peaks in TFLOP/s (TOP/s for int8)."""
-
-    fp32: Tflops
-    fp16: Tflops | None = None
-    bf16: Tflops | None = None
-    fp8: Tflops | None = None
-    int8: Tflops | None = None
-
-
-class ComputeTable(_Table):
-    """``*_fraction``: share of the peak that is achieved; the overhead in microseconds."""
-
-    attention_tflops: Tflops
-    matmul_fraction: Fraction
-    attention_fraction: Fraction
-    block_overhead_us: Annotated[float, Field(gt=0, le=1e6, strict=True)]
-
-
-class LinkTable(_Table):
-    h2d_pinned: Rate
-    h2d_pageable: Rate
-
-
-class HostTable(_Table):
-    ram: Size
-    pinnable: Size | None = None
-    pin: Rate
-
-
-class DiskTable(_Table):
-    read: Rate
-
-
-class ProfileFile(_Table):
-    schema_version: Literal[1]
-    name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
-    title: Text
-    device: Literal["cuda", "cpu"]
-    gpu: GpuTable | None = None
-    matmul_tflops: MatmulTable
-    compute: ComputeTable
-    link: LinkTable
-    host: HostTable
-    disk: DiskTable
-    sources: dict[str, Text]
-
-
-def _keys_of(annotation: object) -> tuple[str, ...]:
-    """Keys of a field that is a table (or an optional one); none for a plain value."""
-    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-    return tuple(
-        key for kind in kinds if isinstance(kind, type) and issubclass(kind, _Table) for key in kind.model_fields
-    )
-
-
-_KEYS = {"": tuple(ProfileFile.model_fields)} | {
-    name: keys for name, field in ProfileFile.model_fields.items() if (keys := _keys_of(field.annotation))
-}
-"""Table name -> its keys; "" is the top level."""
-
-
-def _numbers(parsed: ProfileFile) -> list[str]:
-    """Dotted keys of the file that carry a number, in file order: each needs a source."""
-    tables = ((name, getattr(parsed, name)) for name in _KEYS if name)
-    present = [f"{name}.{key}" for name, table in tables if table is not None for key in table.model_fields_set]
-    order = [f"{name}.{key}" for name in _KEYS for key in _KEYS[name]]
-    return sorted(set(present) - {"gpu.nvml_names"}, key=order.index)
-
-
-def _contradictions(parsed: ProfileFile) -> Iterator[tuple[str, str]]:
-    """(key, message) for values that are well-formed alone but impossible together."""
-    gpu, host, link = parsed.gpu, parsed.host, parsed.link
-    if (parsed.device == "cuda") != (gpu is not None):
-        yield "device", '"cuda" needs a [gpu] table' if gpu is None else '"cpu" has no [gpu] table'
-    if gpu is not None:
-        if gpu.vram_reserve >= gpu.vram:
-            yield "gpu.vram_reserve", f"{format_bytes(gpu.vram_reserve)} is not less than vram {format_bytes(gpu.vram)}"
-        if gpu.context > gpu.vram_reserve:
-            yield "gpu.context", "more than vram_reserve, which includes it"
-        for kind, least in CLASS_NEEDS.items():
-            if getattr(parsed.matmul_tflops, kind) is not None and gpu.compute_capability < least:
-                have, need = (".".join(map(str, pair)) for pair in (gpu.compute_capability, least))
-                yield f"matmul_tflops.{kind}", f"compute capability {have} has no {kind} tensor cores ({need} or later)"
-        if host.pinnable is None:
-            yield "host.pinnable", "missing"
-    if host.pinnable is not None and host.pinnable > host.ram:
-        yield "host.pinnable", f"{format_bytes(host.pinnable)} is more than ram {format_bytes(host.ram)}"
-    if link.h2d_pageable > link.h2d_pinned:
-        yield "link.h2d_pageable", "faster than h2d_pinned"
-    numbers = _numbers(parsed)
-    yield from (
-        (key, f'no source: add "{key}" = "..." under [sources]') for key in numbers if key not in parsed.sources
-    )
-    for key in parsed.sources:
-        if key not in numbers:
-            yield f"sources.{key}", f"a source for a number that is not there{_nearest(key, numbers)}"
+    identity: Identity | None = None
 
 
 _FIELD_KEYS = {
@@ -250,6 +173,19 @@ _FIELD_KEYS = {
     "disk_read_bytes_per_s": "disk.read",
     "block_overhead_s": "compute.block_overhead_us",
 }
+_OPTIONAL_KEYS = {
+    "convolution_share": "compute.convolution_share",
+    "layer_overheads": "compute.layer_overheads",
+    "load_share": "disk.load_share",
+    "stage_setup_s": "compute.stage_setup_ms",
+    "first_pass_s": "compute.first_pass_ms",
+    "libraries_host_bytes": "host.libraries",
+    "cuda_host_bytes": "host.cuda",
+    "allocator_overhead_bytes": "gpu.allocator_overhead",
+}
+"""Field -> key of the file, for what a file may leave to the assumption."""
+_MILLI = frozenset({"stage_setup_s", "first_pass_s"})
+"""Fields in seconds whose key is in milliseconds."""
 
 
 def _hardware(parsed: ProfileFile) -> Hardware:
@@ -261,9 +197,16 @@ def _hardware(parsed: ProfileFile) -> Hardware:
         return sources[peak] + (f"; x {fraction:g} achievable ({sources[f'compute.{share}']})" if fraction < 1 else "")
 
     provenance = {field: sources.get(key, "none on a CPU") for field, key in _FIELD_KEYS.items()}
+    provenance |= {field: sources.get(key, ASSUMED[field]) for field, key in _OPTIONAL_KEYS.items()}
     for kind in peaks:
         provenance[f"matmul_flops_per_s.{kind}"] = achieved(f"matmul_tflops.{kind}", "matmul_fraction")
     provenance["attention_flops_per_s"] = achieved("compute.attention_tflops", "attention_fraction")
+    optional: dict[str, Any] = {}
+    for field, key in _OPTIONAL_KEYS.items():
+        table, _, leaf = key.partition(".")
+        value = getattr(getattr(parsed, table), leaf, None)
+        if value is not None:
+            optional[field] = value * 1e-3 if field in _MILLI else value
     return Hardware(
         name=parsed.name,
         device=parsed.device,
@@ -281,65 +224,9 @@ def _hardware(parsed: ProfileFile) -> Hardware:
         attention_flops_per_s=compute.attention_tflops * 1e12 * compute.attention_fraction,
         block_overhead_s=compute.block_overhead_us * 1e-6,
         provenance=provenance,
+        **optional,
+        calibrated=parsed.calibration.date if parsed.calibration else "",
     )
-
-
-# --- errors with file, line and key ---
-
-_HEADER = re.compile(r"\s*\[+\s*(?P<table>[^\[\]]+?)\s*\]+\s*(#.*)?")
-_ASSIGNMENT = re.compile(r"""\s*(?P<key>"[^"]*"|'[^']*'|[\w.\-]+)\s*=""")
-
-
-def find_line(text: str, key: str) -> int:
-    """1-based line that sets the dotted ``key``, else the header of its table, else 1."""
-    lines: dict[str, int] = {}
-    table = ""
-    for number, line in enumerate(text.splitlines(), start=1):
-        if header := _HEADER.fullmatch(line):
-            table = header["table"].replace('"', "")
-            lines.setdefault(table, number)
-        elif assignment := _ASSIGNMENT.match(line):
-            name = assignment["key"].strip("\"'")
-            lines.setdefault(f"{table}.{name}" if table else name, number)
-    while key not in lines and "." in key:
-        key = key.rpartition(".")[0]
-    return lines.get(key, 1)
-
-
-def _nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
-
-
-def _unknown(key: str) -> str:
-    """Message for a key that no table has: where it belongs, or the nearest one."""
-    table, _, leaf = key.rpartition(".")
-    homes = [f"[{home}]" for home, keys in _KEYS.items() if leaf in keys and home not in ("", table)]
-    if homes:
-        return f"unknown key; it belongs in {' or '.join(homes)}"
-    return f"unknown key{_nearest(leaf, _KEYS.get(table, ()))}"
-
-
-def _failure(path: Path, text: str, problems: list[tuple[str, str]]) -> ProfileError:
-    found = sorted((find_line(text, key), f"{key}: {what}") for key, what in problems)
-    return ProfileError("\n".join(f"{path}:{line}: {message}" for line, message in found))
-
-
-def _problems(error: ValidationError) -> list[tuple[str, str]]:
-    found = []
-    for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"] if not isinstance(part, int))
-        match item["type"]:
-            case "extra_forbidden":
-                what = _unknown(key)
-            case "missing":
-                what = "missing"
-            case "value_error":
-                what = item["msg"].removeprefix("Value error, ")
-            case _:
-                what = f"{item['msg']} (found {item['input']!r})"
-        found.append((key, what))
-    return found
 
 
 def profiles_dir() -> Path:
@@ -369,25 +256,19 @@ def read_profile(name_or_path: str | Path) -> Profile:
     if isinstance(name_or_path, str) and not (path.suffix == ".toml" or path.name != name):
         names = list_profiles()
         if name not in names:
-            hint = _nearest(name.lower(), names) or "; `lowmem-flux2 profiles list` shows them"
+            hint = nearest(name.lower(), names) or "; `lowmem-flux2 profiles list` shows them"
             raise ProfileError(f"unknown profile {name!r}{hint}")
         path = profiles_dir() / f"{name}.toml"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ProfileError(f"{path}: cannot read the profile: {error}") from None
-    try:
-        parsed = ProfileFile.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        at = re.search(r"at line (\d+)", str(error))
-        line = at[1] if at else text.count("\n") + 1
-        raise ProfileError(f"{path}:{line}: not TOML: {error}") from None
-    except ValidationError as error:
-        raise _failure(path, text, _problems(error)) from None
-    if problems := list(_contradictions(parsed)):
-        raise _failure(path, text, problems)
-    gpu = parsed.gpu
-    return Profile(parsed.title, gpu.nvml_names if gpu else (), gpu.sms if gpu else 0, _hardware(parsed), path)
+    parsed = read_file(path)
+    gpu, made = parsed.gpu, parsed.calibration
+    return Profile(
+        title=parsed.title,
+        nvml_names=gpu.nvml_names if gpu else (),
+        sms=(gpu.sms or 0) if gpu else 0,
+        hardware=_hardware(parsed),
+        path=path,
+        identity=Identity(made.cpu, made.threads, made.gpu, made.gpu_id) if made else None,
+    )
 
 
 def load_profile(name_or_path: str) -> Hardware:
@@ -398,3 +279,67 @@ def load_profile(name_or_path: str) -> Hardware:
 def check_profile(path: str | Path) -> Hardware:
     """Check a profile file, whatever it is called; its ``Hardware`` when it is right. Raises ProfileError."""
     return read_profile(Path(path)).hardware
+
+
+def profile_text(hardware: Hardware, title: str, identity: Identity) -> str:
+    """The TOML text of a calibrated machine: ``read_profile`` gives the same ``Hardware`` back, to four digits.
+
+    Rates are written as achieved, with fractions of 1. A field of a CUDA profile that means nothing on a CPU is left
+    out, and the other way round.
+    """
+    on_gpu, rates = hardware.device == "cuda", hardware.matmul_flops_per_s
+    order = [kind for kind in ("fp32", "fp16", "bf16", "fp8", "int8") if kind in rates]
+    gpu: dict[str, object] = {}
+    if on_gpu:
+        major, minor = hardware.compute_capability or (0, 0)
+        gpu = {
+            "nvml_names": (identity.gpu,),
+            "compute_capability": f"{major}.{minor}",
+            "vram": size_text(hardware.vram_bytes),
+            "vram_reserve": size_text(hardware.vram_reserve_bytes),
+            "context": size_text(hardware.context_bytes),
+            "allocator_overhead": size_text(hardware.allocator_overhead_bytes),
+        }
+    tables: dict[str, dict[str, object]] = {
+        "": {"schema_version": 1, "name": hardware.name, "title": title, "device": hardware.device},
+        "calibration": {"date": hardware.calibrated, **asdict(identity)},
+        "gpu": gpu,
+        "matmul_tflops": {kind: rates[kind] / 1e12 for kind in order},
+        "compute": {
+            "attention_tflops": hardware.attention_flops_per_s / 1e12,
+            "matmul_fraction": 1.0,
+            "attention_fraction": 1.0,
+            "block_overhead_us": hardware.block_overhead_s * 1e6,
+            "convolution_share": hardware.convolution_share,
+            "layer_overheads": hardware.layer_overheads,
+            "stage_setup_ms": hardware.stage_setup_s * 1e3,
+            "first_pass_ms": hardware.first_pass_s * 1e3,
+        },
+        "link": {
+            "h2d_pinned": rate_text(hardware.h2d_pinned_bytes_per_s),
+            "h2d_pageable": rate_text(hardware.h2d_pageable_bytes_per_s),
+        },
+        "host": {
+            "ram": size_text(hardware.ram_bytes),
+            "pinnable": size_text(hardware.pinnable_bytes) if on_gpu else None,
+            "pin": rate_text(hardware.pin_bytes_per_s),
+            "libraries": size_text(hardware.libraries_host_bytes),
+            "cuda": size_text(hardware.cuda_host_bytes) if on_gpu else None,
+        },
+        "disk": {"read": rate_text(hardware.disk_read_bytes_per_s), "load_share": hardware.load_share},
+    }
+    achieved = "1: the rates are achieved ones, not peaks"
+    texts = {key: hardware.provenance[field] for field, key in (_FIELD_KEYS | _OPTIONAL_KEYS).items()}
+    texts |= {f"matmul_tflops.{kind}": hardware.provenance[f"matmul_flops_per_s.{kind}"] for kind in order}
+    texts |= {
+        "compute.attention_tflops": hardware.provenance["attention_flops_per_s"],
+        "compute.matmul_fraction": achieved,
+        "compute.attention_fraction": achieved,
+    }
+    numbers = [
+        f"{name}.{key}"
+        for name, table in tables.items()
+        for key, value in table.items()
+        if name not in ("", "calibration") and key != "nvml_names" and value is not None
+    ]
+    return file_text({**tables, "sources": {key: texts[key] for key in numbers}})

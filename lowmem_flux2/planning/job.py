@@ -13,8 +13,9 @@ from pathlib import Path
 from lowmem_flux2.errors import DoesNotFit, UsageError
 from lowmem_flux2.planning.advice import closest_fits
 from lowmem_flux2.planning.cost import stage_cost
-from lowmem_flux2.planning.detect import NvmlCard, available_ram_bytes, detect, read_nvml, visible_cards
+from lowmem_flux2.planning.detect import available_ram_bytes, detect
 from lowmem_flux2.planning.hardware import Hardware, load_profile
+from lowmem_flux2.planning.nvml import NvmlCard, read_nvml, visible_cards
 from lowmem_flux2.planning.plan import STAGES, Plan
 from lowmem_flux2.planning.planner import make_plan
 from lowmem_flux2.planning.preparation import Prepared

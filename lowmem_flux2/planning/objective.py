@@ -78,7 +78,7 @@ def unread(stage: StagePlan, model: ModelSpec, hardware: Hardware) -> int:
     """
     plain = StagePlan.bare(stage.stage, stage.compute_dtype, stage.compute_dtype)
     saved = sum(block_sizes(plain, model)) - sum(block_sizes(stage, model))
-    return _TIME * nanoseconds(max(saved, 0), hardware.disk_read_bytes_per_s)
+    return _TIME * nanoseconds(max(saved, 0), hardware.load_bytes_per_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowmem_flux2.planning.cost import CUDA_HOST_BYTES, LIBRARIES_HOST_BYTES, StageWork, device_bytes, stage_work
+from lowmem_flux2.planning.cost import StageWork, device_bytes, stage_work
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Bottleneck, Limits, Plan
@@ -63,5 +63,8 @@ def _rooms(work: StageWork, hardware: Hardware, limits: Limits) -> tuple[int, in
     """Bytes for blocks on the device, and in RAM beside a GPU."""
     taken = sum(device_bytes(work, 0, 0)) - max(work.once_bytes - work.activation_bytes, 0)
     if hardware.device == "cpu":
-        return limits.ram_bytes - LIBRARIES_HOST_BYTES - taken, 0
-    return limits.vram_bytes - hardware.context_bytes - taken, limits.ram_bytes - LIBRARIES_HOST_BYTES - CUDA_HOST_BYTES
+        return limits.ram_bytes - hardware.libraries_host_bytes - taken, 0
+    return (
+        limits.vram_bytes - hardware.context_bytes - taken,
+        limits.ram_bytes - hardware.libraries_host_bytes - hardware.cuda_host_bytes,
+    )

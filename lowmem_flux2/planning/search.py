@@ -172,7 +172,7 @@ class Search:
         ways = blocks.ways(cut.resident, cut.pinned, cut.sure, cut.ram)
         rounds = min(work.rounds, ROUNDS_SIMULATED)
         line = simulate(ways, blocks.compute, work.between_ns, root.slots, rounds)
-        return self._value_of(root, cut, cut.load_ns + line.total_ns(work.rounds))
+        return self._value_of(root, cut, cut.load_ns + work.first_ns + line.total_ns(work.rounds))
 
     def _value_of(self, root: _Root, cut: _Cut, time_ns: int) -> int:
         again = root.blocks.work.rounds - 1
@@ -225,7 +225,7 @@ def _best_cut(box: _Box, limits: Limits) -> _Cut | None:
     in_ram = max(sums[sure] - sums[few], least_pinned)
     load = load_ns(work, Tiers(sums[few], least_pinned, in_ram - least_pinned, 0, largest, 0, ring), blocks.hardware)
     reads, copies = blocks.traffic(many, pinned, sure, ram)
-    least = load + work.rounds * max(blocks.compute_ns, reads, copies)
+    least = load + work.first_ns + work.rounds * max(blocks.compute_ns, reads, copies)
     if root.others != "ram":
         # What is not read at first is read later: the fewest reads of all, and what follows the last one.
         tiers = Tiers(0, least_pinned, max(sums[ram] - least_pinned, 0), 0, 0, 0, ring)

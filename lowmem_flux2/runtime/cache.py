@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,21 +18,6 @@ PARTIAL = ".partial-"
 """Precedes the name of an entry that is not finished."""
 PROMPT_CACHE_BYTES = GIB
 """Default limit of the prompt cache: 68 prompts of 512 tokens for dev (15 MiB each), 136 for klein-4b."""
-
-
-def cache_folder(given: Path | None = None) -> Path:
-    """``--cache-dir``, else LOWMEM_FLUX2_CACHE, else the platform's cache folder."""
-    if given is not None:
-        return given
-    if "LOWMEM_FLUX2_CACHE" in os.environ:
-        return Path(os.environ["LOWMEM_FLUX2_CACHE"])
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return base / "lowmem-flux2"
 
 
 @dataclass(frozen=True, slots=True)

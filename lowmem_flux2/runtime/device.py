@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import gc
-import platform
 import sys
 import threading
 import time
@@ -19,10 +18,11 @@ import psutil
 import torch
 
 from lowmem_flux2.errors import UsageError
+from lowmem_flux2.planning.identity import cpu_model
 
 SAMPLE_INTERVAL_S = 0.005
 _STATUS = Path("/proc/self/status")
-_CPUINFO = Path("/proc/cpuinfo")
+_IO = Path("/proc/self/io")
 _MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -58,7 +58,7 @@ def arithmetic_of(device: torch.device) -> dict[str, object]:
     }
     if device.type != "cuda":
         threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
-        return settings | {"processor": _cpu_name(), "capability": capability, "threads": threads}
+        return settings | {"processor": cpu_model(), "capability": capability, "threads": threads}
     cuda, matmul = torch.backends.cuda, torch.backends.cuda.matmul
     return settings | {
         "processor": torch.cuda.get_device_name(device),
@@ -68,14 +68,6 @@ def arithmetic_of(device: torch.device) -> dict[str, object]:
         "bf16_reduction": matmul.allow_bf16_reduced_precision_reduction,
         "attention": [cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()],
     }
-
-
-def _cpu_name() -> str:
-    with suppress(OSError):
-        for line in _CPUINFO.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def cap_vram(device: torch.device, max_vram_bytes: int, context_bytes: int) -> None:
@@ -92,6 +84,26 @@ def cap_vram(device: torch.device, max_vram_bytes: int, context_bytes: int) -> N
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True, slots=True)
+class AllocatorUse:
+    """Device memory of CUDA's caching allocator in bytes: in tensors and workspaces, and held from the driver."""
+
+    allocated_bytes: int
+    reserved_bytes: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+
+
+def allocator_use(device: torch.device) -> AllocatorUse:
+    """Now, and at the peak since the process began or the last stage was measured."""
+    return AllocatorUse(
+        torch.cuda.memory_allocated(device),
+        torch.cuda.memory_reserved(device),
+        torch.cuda.max_memory_allocated(device),
+        torch.cuda.max_memory_reserved(device),
+    )
 
 
 def register_pinned(span: torch.Tensor, device: torch.device) -> str | None:
@@ -169,6 +181,16 @@ def host_use() -> HostUse:
     return HostUse(fields["RssAnon"] + fields["RssShmem"], fields["VmRSS"])
 
 
+def disk_read_bytes() -> int | None:
+    """Bytes that the block device has read for this process so far; None where the system does not tell."""
+    with suppress(OSError):
+        for line in _IO.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == "read_bytes":
+                return int(value)
+    return None
+
+
 @dataclass(slots=True)
 class Measure:
     """What a stage took, filled in when its ``measure`` block ends. Bytes and seconds.
@@ -183,6 +205,7 @@ class Measure:
     peak_vram_bytes: int = 0
     peak_allocated_bytes: int = 0
     driver_used_bytes: int = 0
+    disk_read_bytes: int | None = None
 
 
 class _HostSampler(threading.Thread):
@@ -219,6 +242,7 @@ def measure(device: torch.device, context_bytes: int) -> Iterator[Measure]:
     sampler.start()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    read_before = disk_read_bytes()
     start = time.perf_counter()
     try:
         yield taken
@@ -227,6 +251,9 @@ def measure(device: torch.device, context_bytes: int) -> Iterator[Measure]:
         peak = sampler.stop()
         taken.peak_ram_bytes = peak.anonymous_bytes
         taken.peak_rss_bytes = peak.rss_bytes
+        read_after = disk_read_bytes()
+        if read_before is not None and read_after is not None:
+            taken.disk_read_bytes = read_after - read_before
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             taken.time_s = time.perf_counter() - start

@@ -11,12 +11,13 @@ from types import TracebackType
 import torch
 
 from lowmem_flux2.errors import NotExecutable, UsageError
+from lowmem_flux2.folders import cache_folder
 from lowmem_flux2.planning.job import AUTO, Machine, plan_job, replay, resolve_machine
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.planner import Selection, StreamFrom
 from lowmem_flux2.planning.sources import ModelSource, resolve_model
 from lowmem_flux2.planning.workload import Preference, Request, image_seeds, make_request
-from lowmem_flux2.runtime.cache import cache_folder, prompt_cache_limit
+from lowmem_flux2.runtime.cache import prompt_cache_limit
 from lowmem_flux2.runtime.denoise import Generators, StepCallback
 from lowmem_flux2.runtime.device import torch_device
 from lowmem_flux2.runtime.download import with_weights

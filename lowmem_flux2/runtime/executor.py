@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -78,6 +80,7 @@ class Executor:
         self._outcome = Outcome()
         self._pictures: list[torch.Tensor] = []
         self._ram_before_bytes = host_use().anonymous_bytes
+        self._moments: list[float] = []
 
     @property
     def plan(self) -> Plan:
@@ -143,9 +146,7 @@ class Executor:
             with closing(TextEncoder(*arguments)) as encoder:
                 loaded()
                 for group in left:
-                    for batch, embeddings in zip(
-                        group, encoder.encode(group, length, self._observer.advanced), strict=True
-                    ):
+                    for batch, embeddings in zip(group, encoder.encode(group, length, self._advanced), strict=True):
                         made[batch] = embeddings
                         if inputs.on_encoded is not None:
                             inputs.on_encoded(batch, embeddings, self._plan)
@@ -175,7 +176,7 @@ class Executor:
                     sigmas=inputs.sigmas,
                     callback=inputs.callback,
                     on_loaded=loaded,
-                    on_step=self._observer.advanced,
+                    on_step=self._advanced,
                 )
 
         size = self._plan.stage("denoise").batch_size
@@ -202,7 +203,7 @@ class Executor:
                         if inputs.on_picture is not None:
                             inputs.on_picture(index, picture, self._plan)
                         pictures.append(picture)
-                        self._observer.advanced()
+                        self._advanced()
 
         self._climb("decode", len(packed), attempt)
         if pictures:
@@ -240,11 +241,17 @@ class Executor:
         self._outcome.events.append(text)
         self._observer.event(text)
 
+    def _advanced(self) -> None:
+        """A step, layer or picture is done."""
+        self._moments.append(time.perf_counter())
+        self._observer.advanced()
+
     @contextmanager
     def _measured(self, stage: Stage, total: int) -> Iterator[Callable[[], None]]:
         """Meter a stage and free what it leaves. Yields a function to call once it has loaded."""
         self._observer.stage_started(stage, total)
         planned = self._plan.stage(stage)  # the ladder may lower it: what failed before counts too
+        self._moments.clear()
         start = time.perf_counter()
         load_s = 0.0
 
@@ -258,7 +265,7 @@ class Executor:
                 yield loaded
         finally:
             release_memory(self._device)
-        over = overrun(planned, self._plan.limits, taken.peak_ram_bytes, self._ram_before_bytes)
+        over = overrun(planned, self._plan.hardware, self._plan.limits, taken.peak_ram_bytes, self._ram_before_bytes)
         if over is not None:
             self._event(over)
         self._outcome.measures.append(
@@ -272,6 +279,8 @@ class Executor:
                 driver_used_bytes=taken.driver_used_bytes,
                 peak_ram_bytes=taken.peak_ram_bytes,
                 peak_rss_bytes=taken.peak_rss_bytes,
+                step_s=median([later - earlier for earlier, later in pairwise(self._moments)] or [0.0]),
+                disk_read_bytes=taken.disk_read_bytes,
             )
         )
         self._observer.stage_finished(stage)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lowmem_flux2.errors import DecodeFailed, LowMemFlux2Error
+from lowmem_flux2.planning.detect import identify
 from lowmem_flux2.planning.ladder import Resource, next_format, next_rung
 from lowmem_flux2.planning.plan import Plan, Stage
 from lowmem_flux2.planning.sources import ModelSource
@@ -130,6 +131,8 @@ def carry_out(job: GenerationJob, source: ModelSource, running: Running, observe
         tuple(ImageRecord(None, image.seed, image.prompt) for image in job.images),
         versions(),
         cached_prompts=tuple(dict.fromkeys(prompt for batch in inputs.known for prompt in batch)),
+        machine=identify(running.device),
+        spec=source.spec,
     )
     seeds = tuple(image.seed for image in job.images)
     return Generation(images_of(outcome, source.spec, job.output_type), seeds, report, next(iter(written), None))

@@ -11,7 +11,7 @@ from machines import DEV, KLEIN_4B, MODELS, SUPPORTED, machine, plan_for, spec, 
 
 from lowmem_flux2.errors import DoesNotFit
 from lowmem_flux2.planning.budget import overrun
-from lowmem_flux2.planning.cost import LIBRARIES_HOST_BYTES
+from lowmem_flux2.planning.hardware import LIBRARIES_HOST_BYTES, load_profile
 from lowmem_flux2.planning.plan import Limits, Placement
 from lowmem_flux2.planning.planner import make_plan
 from lowmem_flux2.planning.selection import Selection
@@ -104,6 +104,6 @@ PREDICTED = replace(STAGE, cost=replace(STAGE.cost, host_bytes=GIB, host_pinned_
     ],
 )
 def test_an_overrun_is_told_with_its_numbers(measured: int, before: int, said: str | None) -> None:
-    told = overrun(PREDICTED, LIMITS, measured, before)
+    told = overrun(PREDICTED, load_profile("cpu"), LIMITS, measured, before)
     assert (told is None) == (said is None)
     assert told is None or (said is not None and said in told and told.startswith("denoise: "))

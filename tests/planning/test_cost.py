@@ -106,8 +106,8 @@ def test_on_cuda_the_host_holds_libraries_cuda_and_the_arenas() -> None:
     assert pinned.host_pinned_bytes == arena
     assert (pageable.host_pinned_bytes, disk.host_pinned_bytes) == (0, 2 * double)
     assert pageable.host_bytes - pinned.host_bytes == arena
-    assert pinned.host_bytes >= cost.LIBRARIES_HOST_BYTES + cost.CUDA_HOST_BYTES
-    assert pinned.host_bytes < cost.LIBRARIES_HOST_BYTES + cost.CUDA_HOST_BYTES + 64 * MIB
+    assert pinned.host_bytes >= hardware.libraries_host_bytes + hardware.cuda_host_bytes
+    assert pinned.host_bytes < hardware.libraries_host_bytes + hardware.cuda_host_bytes + 64 * MIB
     for each in (pinned, pageable, disk):
         assert each.slot_bytes == 2 * double
         assert each.context_bytes == hardware.context_bytes
@@ -123,7 +123,7 @@ def test_resident_blocks_pass_through_host_memory_and_shrink_the_slots() -> None
     none = placed(stage, hardware, (Placement.DISK, 56)).cost
     assert doubles.slot_bytes == pytest.approx(none.slot_bytes / 2, rel=1e-3)
     assert doubles.resident_bytes - none.resident_bytes == pytest.approx(8 * 1.963e9, rel=1e-3)
-    assert doubles.host_bytes - cost.LIBRARIES_HOST_BYTES - cost.CUDA_HOST_BYTES > 1.9e9
+    assert doubles.host_bytes - hardware.libraries_host_bytes - hardware.cuda_host_bytes > 1.9e9
 
 
 def test_on_a_cpu_everything_counts_in_ram() -> None:
@@ -134,7 +134,7 @@ def test_on_a_cpu_everything_counts_in_ram() -> None:
     for each in (streamed, whole):
         assert (each.peak_vram_bytes, each.context_bytes, each.host_pinned_bytes, each.h2d_bytes) == (0, 0, 0, 0)
         assert each.peak_ram_bytes >= (
-            cost.LIBRARIES_HOST_BYTES + each.resident_bytes + each.slot_bytes + each.activation_bytes
+            hardware.libraries_host_bytes + each.resident_bytes + each.slot_bytes + each.activation_bytes
         )
     assert whole.resident_bytes > 6 * GIB > streamed.peak_ram_bytes
 

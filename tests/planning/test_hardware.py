@@ -17,8 +17,9 @@ from pydantic import TypeAdapter
 
 from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning import detect as detection
-from lowmem_flux2.planning.detect import Host, NvmlCard, cgroup_memory, detect, pinnable_limit_bytes, visible_cards
+from lowmem_flux2.planning.detect import Host, cgroup_memory, detect, pinnable_limit_bytes
 from lowmem_flux2.planning.hardware import Hardware, list_profiles, load_profile
+from lowmem_flux2.planning.nvml import NvmlCard, read_nvml, visible_cards
 from lowmem_flux2.units import GIB, MIB
 
 HOST = Host(ram_bytes=48 * GIB, pinnable_bytes=24 * GIB, cpu_flags=frozenset({"avx2"}))
@@ -203,7 +204,7 @@ def fake_nvml(calls: list[str], **overrides: Any) -> SimpleNamespace:
 def test_nvml_is_read_and_shut_down(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(calls))  # type: ignore[arg-type]
-    assert detection.read_nvml() == (NvmlCard("NVIDIA L4", "GPU-f", 100, 90, (8, 9), 0, 7424, None, None),)
+    assert read_nvml() == (NvmlCard("NVIDIA L4", "GPU-f", 100, 90, (8, 9), 0, 7424, None, None),)
     assert calls == ["init", "shutdown"]
 
 
@@ -214,12 +215,12 @@ def test_failing_nvml_is_no_gpu(monkeypatch: pytest.MonkeyPatch, failing: str) -
 
     calls: list[str] = []
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(calls, **{failing: fail}))  # type: ignore[arg-type]
-    assert detection.read_nvml() == ()
+    assert read_nvml() == ()
     assert calls == ["init", "shutdown"]
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(calls, nvmlInit=fail))  # type: ignore[arg-type]
-    assert detection.read_nvml() == ()
+    assert read_nvml() == ()
     monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
-    assert detection.read_nvml() == ()
+    assert read_nvml() == ()
 
 
 # --- RAM ---

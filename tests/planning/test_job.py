@@ -13,9 +13,9 @@ from machines import DEV, KLEIN_4B, machine
 
 from lowmem_flux2.errors import DoesNotFit, PlanMismatch, ProfileError, UsageError
 from lowmem_flux2.planning import job
-from lowmem_flux2.planning.detect import NvmlCard
 from lowmem_flux2.planning.hardware import profiles_dir
 from lowmem_flux2.planning.job import Machine, free_vram_bytes, plan_job, replay, resolve_machine
+from lowmem_flux2.planning.nvml import NvmlCard
 from lowmem_flux2.planning.planner import Selection, limits_of
 from lowmem_flux2.planning.sources import ModelSource, resolve_model
 from lowmem_flux2.planning.workload import Request, make_request
