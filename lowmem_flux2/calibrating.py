@@ -166,19 +166,21 @@ def _with_others(found: Hardware, card: NvmlCard, source: str, out: Console) -> 
 
 
 def _comparison(assumed: Hardware, found: Hardware) -> Table:
-    """Every number with a source of its own: what it was, what it is, and where that is from."""
+    """Every number: what it was, and what it is; the file says how it was measured."""
     table = Table(show_edge=False, pad_edge=False)
-    for heading, justify in (("", "left"), ("assumed", "right"), ("now", "right"), ("source", "left")):
-        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for field in found.provenance:
+    for heading in ("", "assumed", "measured"):
+        table.add_column(heading, justify="right" if heading else "left", overflow="fold")
+    for field, source in found.provenance.items():
         if field == "compute_capability" or (found.device == "cpu" and field in _OF_A_GPU):
             continue
         before, after = (quantity(field, value_of(hardware, field)) for hardware in (assumed, found))
-        table.add_row(field, before, after, found.provenance[field].partition(": ")[2] or found.provenance[field])
+        table.add_row(field, before, after if source != assumed.provenance[field] else "-")
     return table
 
 
-_OF_A_GPU = frozenset({"vram_bytes", "vram_reserve_bytes", "context_bytes", "pinnable_bytes", "cuda_host_bytes"})
+_OF_A_GPU = frozenset(
+    {"vram_bytes", "vram_reserve_bytes", "context_bytes", "pinnable_bytes", "pin_bytes_per_s", "cuda_host_bytes"}
+)
 
 
 def quantity(field: str, value: float) -> str:
@@ -203,7 +205,7 @@ def observations_of(report: Report, is_first: bool = True) -> Iterator[Observati
     if report.spec is None:
         return
     for measured in report.stages:
-        if any(event.startswith(f"{measured.stage}: out of memory") for event in report.events):
+        if any(event.startswith(f"{measured.stage}: ") and "; going on with " in event for event in report.events):
             continue
         stage = report.plan.stage(measured.stage)  # type: ignore[arg-type]
         planned, read = stage.cost.disk_bytes, measured.disk_read_bytes

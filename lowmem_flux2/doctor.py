@@ -91,7 +91,9 @@ def _gpu() -> Iterator[Finding]:
         yield Finding("CUDA", f"{built}, {'usable' if usable else 'no usable device'}", usable or not cards, remedy)
     try:
         hardware = detect()
-        yield Finding("profile auto", hardware.name, True)
+        made = f"calibrated {hardware.calibrated}" if hardware.calibrated else "assumed, not measured here"
+        remedy = "" if hardware.calibrated else "times become this machine's own with: lowmem-flux2 calibrate"
+        yield Finding("profile auto", f"{hardware.name}, {made}", True, remedy)
     except LowMemFlux2Error as error:
         yield Finding("profile auto", "none", False, str(error))
 
