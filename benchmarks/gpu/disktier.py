@@ -116,10 +116,10 @@ def _read_rate(folder: Path, most_bytes: int = 4 * GIB) -> tuple[float, bool]:
     for path in sorted(folder.glob("*.bin")):
         size = path.stat().st_size
         span = allocate(size, torch.device("cpu")).zero_()
-        file = RawFile(path, direct=True)
+        file = RawFile(path)
         is_direct = is_direct and file.is_direct
         start = time.perf_counter()
-        file.read_into(span, 0)
+        file.read_into(span, 0, direct=True)
         seconds += time.perf_counter() - start
         file.close()
         read += size

@@ -38,7 +38,7 @@ def test_on_a_cpu_ram_decides_between_resident_and_disk(name: str) -> None:
         resident.append(denoise.count(Placement.GPU))
     assert resident == sorted(resident)
     assert resident[0] < resident[-1] == len(denoise.block_placements)
-    assert len(set(resident)) > 4  # by degrees
+    assert len(set(resident)) >= 4  # by degrees
 
 
 # --------------------------------------------------------------------------------------------------------- pinning
