@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from machines import KLEIN_4B, plan_for
+from machines import KLEIN_4B, plan_for, spec
 from pydantic import TypeAdapter
 from rich.console import Console
 
@@ -154,7 +154,7 @@ def test_the_plan_says_when_the_machine_was_calibrated() -> None:
     told = replace(plan, hardware=replace(plan.hardware, calibrated="2026-11-24"))
     for shown, there in ((plan, False), (told, True)):
         console = Console(width=200, file=io.StringIO())
-        console.print(explain(shown))
+        console.print(explain(shown, spec(KLEIN_4B)))
         assert ("calibrated 2026-11-24" in console.file.getvalue()) is there
 
 
