@@ -39,7 +39,7 @@ class ConsoleObserver:
             console=console,
             disable=quiet or not console.is_terminal,
         )
-        self._task = self._progress.add_task("start", total=None, visible=False, unit="steps")
+        self._tasks = [self._progress.add_task("start", total=None, visible=False, unit="steps")]
 
     def __enter__(self) -> ConsoleObserver:
         self._progress.start()
@@ -51,13 +51,14 @@ class ConsoleObserver:
         self._progress.stop()
 
     def stage_started(self, stage: str, total: int) -> None:
-        self._task = self._progress.add_task(stage, total=total, unit=UNITS[stage])
+        """Weights may be prepared in the middle of a stage, which then goes on."""
+        self._tasks.append(self._progress.add_task(stage, total=total, unit=UNITS[stage]))
 
     def advanced(self) -> None:
-        self._progress.advance(self._task)
+        self._progress.advance(self._tasks[-1])
 
     def stage_finished(self, stage: str) -> None:
-        self._progress.stop_task(self._task)
+        self._progress.stop_task(self._tasks.pop())
 
     def event(self, text: str) -> None:
         """Warnings are shown even when quiet: a flag or figure that does not hold must be seen."""

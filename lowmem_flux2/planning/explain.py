@@ -35,16 +35,21 @@ def _headline(plan: Plan) -> Text:
     text.append(f"{plan.model} on {plan.profile}", style="bold")
     if plan.hardware.calibrated:
         text.append(f" (calibrated {plan.hardware.calibrated})")
-    text.append(
-        f": {work.num_images} image{'s' if work.num_images > 1 else ''} of {work.width}x{work.height}, "
-        f"{work.steps} step{'s' if work.steps > 1 else ''}"
-        f"{', two guidance passes' if work.guidance_passes == 2 else ''}, {work.text_tokens} text tokens, "
-        f"prefer {plan.prefer}\n"
-    )
+    text.append(f": {work.num_images} image{'s' if work.num_images > 1 else ''} of {work.width}x{work.height}, ")
+    if plan.decodes_only:
+        text.append("denoised already, ")
+    else:
+        text.append(
+            f"{work.steps} step{'s' if work.steps > 1 else ''}"
+            f"{', two guidance passes' if work.guidance_passes == 2 else ''}, {work.text_tokens} text tokens, "
+        )
+    text.append(f"prefer {plan.prefer}
+")
     promise = [f"peak RAM {_of(plan.peak_ram_bytes, plan.limits.ram_bytes)}", f"about {format_seconds(plan.time_s)}"]
     if plan.hardware.device == "cuda":
         promise.insert(0, f"peak VRAM {_of(plan.peak_vram_bytes, plan.limits.vram_bytes)}")
-    promise.append(f"weight error {plan.fidelity_error:.2g}" if plan.fidelity_error else "weights exact")
+    if not plan.decodes_only:
+        promise.append(f"weight error {plan.fidelity_error:.2g}" if plan.fidelity_error else "weights exact")
     text.append("predicted: " + ", ".join(promise))
     if plan.preparations:
         made = " and ".join(f"{each.component} in {each.weight_format}" for each in plan.preparations)

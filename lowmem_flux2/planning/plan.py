@@ -260,6 +260,11 @@ class Plan:
         return 0 < stage.cached_batches >= len(batch_sizes(self.workload, stage.batch_size))
 
     @property
+    def decodes_only(self) -> bool:
+        """Whether it decodes latents that are done."""
+        return len(self.stages) == 1
+
+    @property
     def num_images_per_prompt(self) -> int:
         return self.workload.num_images // self.workload.num_prompts
 

@@ -57,7 +57,7 @@ def check_replay(
         PlanMismatch: lists each field that differs, plan first.
         UsageError: the plan contradicts itself or the model.
     """
-    if len(plan.stages) == 1:
+    if plan.decodes_only:
         raise PlanMismatch(f"{source} decodes latents from a file: it is made anew by generate --from-latents FILE")
     differences = [] if plan.model == spec.name else [f"model: plan {plan.model}, here {spec.name}"]
     planned, asked = asdict(plan.workload), asdict(workload_of(request, spec))

@@ -312,6 +312,7 @@ def test_latents_are_saved_on_purpose_and_explained(run: Callable[..., Ran], tin
     assert dry.code == 0, dry.err
     assert "decode:" in dry.out and "encode:" not in dry.out
     assert "encode" not in dry.out
+    assert "2 images of 96x64, denoised already" in dry.out
     tiled = run("generate", "-q", "--from-latents", "kept.safetensors", "--vae-tile", "64", "-o", "tiled_{index}.png")
     assert tiled.code == 0, tiled.err
     assert Image.open("tiled_1.png").text["vae_tile"] == "64"

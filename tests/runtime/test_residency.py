@@ -141,7 +141,7 @@ def test_memory_is_given_back_after_each_run(large: Path, tiny_klein: Path) -> N
     assert after[-1] - after[0] < 4 * MIB  # nor does it grow from run to run
 
 
-RUNS_OUT = """
+PRESSED = """
 import json, resource, sys, threading
 import torch
 from lowmem_flux2 import Engine
@@ -151,8 +151,18 @@ from lowmem_flux2.runtime.observer import Silent
 
 torch.set_num_threads(1)
 threading.stack_size(1 << 20)  # not 8 MiB, which would count
-large, room = sys.argv[1], int(sys.argv[2])
-asked = dict(height=64, width=64, num_inference_steps=3, guidance_scale=4.0, max_sequence_length=64, seed=0)
+large, cap, room = sys.argv[1], sys.argv[2], int(sys.argv[3])
+asked = dict(height=64, width=64, num_inference_steps=2, guidance_scale=1.0, max_sequence_length=32, seed=0)
+hog = []
+
+def take(*_):
+    hog.append(torch.ones(400 << 20, dtype=torch.uint8))
+
+engine = Engine(large, dtype="fp32", max_ram=cap)
+kept = engine.generate("a red circle", **asked).report
+broken = engine.generate("a red circle", **asked, callback_on_step_end=take).report
+hog.clear()
+
 events = []
 observer = Silent()
 observer.event = events.append
@@ -167,58 +177,44 @@ except DecodeFailed as error:
     failed = error
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 made = engine.generate(from_latents=failed.latents, output_type="pt")
-print(json.dumps({"events": events, "failed": str(failed), "equal": bool(torch.equal(made.images, expected.images))}))
+print(json.dumps({
+    "limit": kept.plan.limits.ram_bytes, "peaks": [stage.peak_ram_bytes for stage in kept.stages],
+    "kept": kept.events, "broken": broken.events,
+    "events": events, "failed": str(failed), "equal": bool(torch.equal(made.images, expected.images)),
+}))
 """
+
+
+@pytest.fixture(scope="module")
+def pressed(large: Path) -> dict[str, Any]:
+    """Runs that are short of memory, each in its way, in one process."""
+    room = weights(large, "transformer", "transformer_blocks.", "single_transformer_blocks.") * 9 // 10
+    command = [sys.executable, "-c", PRESSED, str(large), "500MiB", str(room)]
+    # malloc otherwise keeps address space for later, differently each time
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    measured: dict[str, Any] = json.loads(done.stdout)
+    return measured
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
-def test_memory_that_really_runs_out_is_survived(large: Path) -> None:
+def test_memory_that_really_runs_out_is_survived(pressed: dict[str, Any]) -> None:
     """With less address space than the resident blocks need, no error is made up: the transformer is streamed, and the
     VAE, which never is, decodes the latents when there is room again."""
-    room = weights(large, "transformer", "transformer_blocks.", "single_transformer_blocks.") * 9 // 10
-    command = [sys.executable, "-c", RUNS_OUT, str(large), str(room)]
-    # malloc otherwise keeps address space for later, differently each time
-    environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
-    assert done.returncode == 0, done.stderr
-    measured = json.loads(done.stdout)
-    assert "denoise: out of RAM (can't allocate memory" in measured["events"][-1]
-    assert "decode: out of RAM, and no plan has a lower peak (can't allocate memory" in measured["failed"]
-    assert measured["equal"]
+    assert "denoise: out of RAM (can't allocate memory" in pressed["events"][-1]
+    assert "decode: out of RAM, and no plan has a lower peak (can't allocate memory" in pressed["failed"]
+    assert pressed["equal"]
 
 
-BUDGET = """
-import json, sys
-import torch
-from lowmem_flux2 import Engine
-
-torch.set_num_threads(1)
-asked = dict(height=64, width=64, num_inference_steps=3, guidance_scale=4.0, max_sequence_length=64, seed=0)
-hog = []
-
-def take(_, step, *__):
-    if step == 1:
-        hog.append(torch.ones(400 << 20, dtype=torch.uint8))
-
-engine = Engine(sys.argv[1], dtype="fp32", max_ram=sys.argv[2])
-kept = engine.generate("a red circle", **asked).report
-broken = engine.generate("a red circle", **asked, callback_on_step_end=take).report
-print(json.dumps({"limit": kept.plan.limits.ram_bytes, "peaks": [stage.peak_ram_bytes for stage in kept.stages],
-                  "kept": kept.events, "broken": broken.events}))
-"""
-
-
-def test_a_run_keeps_to_max_ram_and_says_where_it_does_not(large: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_a_run_keeps_to_max_ram_and_says_where_it_does_not(pressed: dict[str, Any]) -> None:
     """The least that the VAE needs is 490 MiB, libraries included; a callback then takes 400 MiB more."""
-    command = [sys.executable, "-c", BUDGET, str(large), "500MiB"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    measured = json.loads(done.stdout)
-    assert measured["limit"] == 500 * MIB
-    assert max(measured["peaks"]) <= 500 * MIB
-    assert measured["kept"] == []
-    assert measured["broken"][0].startswith("denoise: peak RAM was ")
-    assert " over the budget of 500 MiB (predicted " in measured["broken"][0]
+    assert pressed["limit"] == 500 * MIB
+    assert max(pressed["peaks"]) <= 500 * MIB
+    assert pressed["kept"] == []
+    assert pressed["broken"][0].startswith("denoise: peak RAM was ")
+    assert " over the budget of 500 MiB (predicted " in pressed["broken"][0]
 
 
 def test_the_meter_sees_memory_that_comes_and_goes() -> None:
