@@ -75,5 +75,6 @@ def test_blames_the_callback_for_its_nan(tiny_klein: Path) -> None:
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
 def test_a_picture_of_nan_is_never_returned(output_type: str, tiny_klein: Path, tmp_path: Path) -> None:
     folder = poisoned(tiny_klein, tmp_path / "model", "decoder.conv_out.weight", "vae")
-    with pytest.raises(DecodeFailed, match="decode: NaN or infinity in the picture"):
+    with pytest.raises(DecodeFailed, match="decode: NaN or infinity in the picture") as failed:
         Engine(str(folder), dtype="fp32").generate(**{**ASKED, "output_type": output_type})
+    assert isinstance(failed.value.__cause__, NonFiniteLatents)  # the latents are whole, and kept
