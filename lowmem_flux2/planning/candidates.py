@@ -46,7 +46,7 @@ class Least(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """All that a stage's candidates depend on."""
+    """All that a stage's candidates depend on; ``cached_batches`` are prompts that need not be encoded."""
 
     model: ModelSpec
     workload: Workload
@@ -54,6 +54,7 @@ class Job:
     selection: Selection
     limits: Limits
     support: Support
+    cached_batches: int = 0
     _families: dict[Stage, list[Family]] = field(default_factory=dict, compare=False, repr=False)
 
     def families(self, stage: Stage) -> list[Family]:
@@ -70,8 +71,9 @@ class Job:
         else:
             fixed, chunks, caches = selection.text_weight_format, [0], ["off"]
             batches = _batches(self.workload.num_prompts, 0)
+        cached = self.cached_batches if stage == "encode" else 0
         bares = [
-            replace(StagePlan.bare(stage, name, dtype), step_cache=cache, batch_size=batch)
+            replace(StagePlan.bare(stage, name, dtype), step_cache=cache, batch_size=batch, cached_batches=cached)
             for name in _formats(self, fixed, dtype)
             for cache in caches
             for batch in batches

@@ -43,8 +43,7 @@ def _headline(plan: Plan) -> Text:
             f"{work.steps} step{'s' if work.steps > 1 else ''}"
             f"{', two guidance passes' if work.guidance_passes == 2 else ''}, {work.text_tokens} text tokens, "
         )
-    text.append(f"prefer {plan.prefer}
-")
+    text.append(f"prefer {plan.prefer}\n")
     promise = [f"peak RAM {_of(plan.peak_ram_bytes, plan.limits.ram_bytes)}", f"about {format_seconds(plan.time_s)}"]
     if plan.hardware.device == "cuda":
         promise.insert(0, f"peak VRAM {_of(plan.peak_vram_bytes, plan.limits.vram_bytes)}")

@@ -70,9 +70,10 @@ def _job(plan: Plan, current: StagePlan, weight_format: str, model: ModelSpec, s
         dtype=current.compute_dtype,
         weight_format=weight_format if current.stage == "denoise" else "auto",
         text_weight_format=weight_format if current.stage == "encode" else "auto",
+        step_cache=current.step_cache,
         batch_size=current.batch_size if current.stage == "denoise" else 0,
     )
-    return Job(model, plan.workload, plan.hardware, selection, plan.limits, support)
+    return Job(model, plan.workload, plan.hardware, selection, plan.limits, support, current.cached_batches)
 
 
 def _lowered(
@@ -85,7 +86,7 @@ def _lowered(
             lower = job.within(most, resource).best(current.stage, accept)
             if lower is not None:
                 reason = f"ran out of memory at a predicted peak of {format_bytes(peak)}"
-                lower = job.priced(replace(lower, cached_batches=current.cached_batches, reasons=(reason,)))
+                lower = replace(lower, reasons=(reason,))
                 stages = tuple(lower if stage.stage == lower.stage else stage for stage in plan.stages)
                 return replace(plan, stages=stages)
     return None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from machines import DEV, KLEIN_4B, MODELS, SUPPORTED, plan_for, spec
 
 from lowmem_flux2.planning.candidates import fits
+from lowmem_flux2.planning.cost import stage_cost
 from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.ladder import Resource, next_format, next_rung, peak_bytes
 from lowmem_flux2.planning.plan import Placement, Plan, Stage
@@ -37,6 +40,7 @@ def test_every_rung_is_lower_and_keeps_what_decides_pixels(
         assert fits(planned, plan.limits)
         assert planned.weight_format == plan.stage(stage).weight_format
         assert planned.batch_size == plan.stage(stage).batch_size
+        assert planned.step_cache == plan.stage(stage).step_cache
         assert [other for other in rung.stages if other.stage != stage] == [
             other for other in plan.stages if other.stage != stage
         ]
@@ -50,6 +54,16 @@ def test_without_ram_blocks_go_to_disk_and_stay_off_the_card() -> None:
     assert last.count(Placement.DISK) > 0
     assert last.cost.peak_ram_bytes < plan.stage("denoise").cost.peak_ram_bytes / 5
     assert last.cost.peak_vram_bytes <= plan.limits.vram_bytes
+
+
+def test_rungs_count_on_what_is_cached() -> None:
+    plan = plan_for(DEV, "rtx-3060-12gb", 64, prompts=8, selection=Selection(text_weight_format="bf16"))
+    encode = replace(plan.stage("encode"), batch_size=1, cached_batches=7)
+    priced = replace(encode, cost=stage_cost(encode, spec(DEV), plan.workload, plan.hardware))
+    plan = replace(plan, stages=(priced, *plan.stages[1:]))
+    rungs = climb(plan, "encode", "device")
+    assert len(rungs) > 1
+    assert {rung.stage("encode").cached_batches for rung in rungs} == {7}
 
 
 @pytest.mark.parametrize("stage", ["encode", "denoise"])
@@ -68,8 +82,6 @@ def test_formats_get_smaller_and_no_better(stage: Stage) -> None:
 
 
 def test_what_is_not_prepared_is_passed_over() -> None:
-    from dataclasses import replace
-
     plan = climb(
         plan_for(KLEIN_4B, "rtx-3060-12gb", 64, selection=Selection(weight_format="bf16")), "denoise", "device"
     )

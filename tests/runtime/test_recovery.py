@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 from lowmem_flux2 import Engine, Generation
 from lowmem_flux2.errors import DecodeFailed, RunError
-from lowmem_flux2.planning.plan import FormatChange
+from lowmem_flux2.planning.plan import FormatChange, StagePlan
 from lowmem_flux2.runtime import layout, streaming
 from lowmem_flux2.runtime.decode import Decoder
 from lowmem_flux2.runtime.denoise import Denoiser
@@ -314,3 +315,31 @@ def test_pictures_say_which_formats_they_were_made_with(
     assert "in place of fp32" in " ".join(capsys.readouterr().err.split())
     formats = [Image.open(f"out_{seed}.png").text["weight_format"] for seed in (3, 4, 5)]
     assert formats == ["fp32", "fp32, int8 from step 2", "int8"]
+
+
+def test_the_encoder_may_change_its_format_too(tiny_klein: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, encode = TextEncoder.__init__, TextEncoder.encode
+    formats: list[str] = []
+
+    def noted(encoder: TextEncoder, folder: Path, model: Any, stage: StagePlan, *more: Any) -> None:
+        formats.append(stage.weight_format)
+        load(encoder, folder, model, stage, *more)
+
+    def call(encoder: TextEncoder, batches: Any, *more: Any) -> Any:
+        if batches == [(PROMPTS[1],)] and formats[-1] == "fp32":
+            raise ERRORS["device"]
+        return encode(encoder, batches, *more)
+
+    monkeypatch.setattr(TextEncoder, "__init__", noted)
+    monkeypatch.setattr(TextEncoder, "encode", call)
+    monkeypatch.setattr("lowmem_flux2.planning.batches.WAITING_MOST_BYTES", 0)
+    with Engine(str(tiny_klein), dtype="fp32", allow_format_change=True, prompt_cache="64MiB") as engine:
+        asked = {"num_inference_steps": 1, "height": 64, "width": 64, "max_sequence_length": 64, "guidance_scale": 1.0}
+        request = engine.request(PROMPTS, **asked)
+        plan = engine.plan(request)
+        stages = tuple(replace(stage, batch_size=1) for stage in plan.stages)
+        made = engine.generate(PROMPTS, **asked, seed=5, plan=replace(plan, stages=stages))
+        plan = made.report.plan
+        assert [plan.weight_format_of("encode", image) for image in (0, 1)] == ["fp32", "int8"]
+        again = engine.generate(PROMPTS, **asked, seed=5, plan=replace(plan, stages=stages))
+    assert again.report.cached_prompts == (PROMPTS[0],)  # what another format made is not kept for this one
