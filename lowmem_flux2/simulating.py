@@ -9,7 +9,6 @@ from typing import Any
 from rich.table import Table
 
 from lowmem_flux2.planning.cost import READ_BUFFER_BYTES
-from lowmem_flux2.planning.hardware import CUDA_HOST_BYTES, LIBRARIES_HOST_BYTES
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Plan, StageCost, StagePlan
 from lowmem_flux2.planning.workload import Workload
@@ -96,9 +95,9 @@ def predicted_bytes(cost: StageCost) -> Bytes:
     On ``device=cpu`` a stage's inputs and results count as activations: there is one memory.
     """
     if cost.on_host:
-        left = cost.peak_ram_bytes - LIBRARIES_HOST_BYTES - READ_BUFFER_BYTES - cost.margin_bytes
+        left = cost.peak_ram_bytes - cost.process_bytes - READ_BUFFER_BYTES - cost.margin_bytes
         return Bytes(cost.resident_bytes, cost.slot_bytes, left - cost.resident_bytes - cost.slot_bytes, 0)
-    host = cost.peak_ram_bytes - LIBRARIES_HOST_BYTES - READ_BUFFER_BYTES - CUDA_HOST_BYTES
+    host = cost.peak_ram_bytes - cost.process_bytes - READ_BUFFER_BYTES
     return Bytes(cost.resident_bytes, cost.slot_bytes, cost.activation_bytes, host)
 
 

@@ -11,7 +11,7 @@ from lowmem_flux2.planning.cost import (
     passages,
     stage_work,
 )
-from lowmem_flux2.planning.hardware import CUDA_HOST_BYTES, LIBRARIES_HOST_BYTES, Hardware
+from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Placement, Plan, StagePlan
 from lowmem_flux2.planning.timeline import ROUNDS_SIMULATED, Span, simulate
@@ -39,7 +39,7 @@ def device_parts(stage: StagePlan) -> Parts:
 def host_parts(stage: StagePlan) -> Parts:
     """The host's RAM by kind, beside a GPU."""
     cost = stage.cost
-    libraries = min(LIBRARIES_HOST_BYTES + CUDA_HOST_BYTES + READ_BUFFER_BYTES, cost.host_bytes)
+    libraries = min(cost.process_bytes + READ_BUFFER_BYTES, cost.host_bytes)
     ring = min(cost.slot_bytes, cost.host_pinned_bytes) if stage.count(Placement.DISK) else 0
     sizes = (
         libraries,

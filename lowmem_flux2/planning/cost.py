@@ -365,6 +365,7 @@ def stage_cost(stage: StagePlan, model: ModelSpec, workload: Workload, hardware:
         host_pinned_bytes=tiers.pinned + pinned_ring,
         host_bytes=host_bytes(work, tiers, on_host) + tiers.ring - pinned_ring,
         host_pageable_bytes=tiers.pageable,
+        process_bytes=work.process_bytes,
         disk_bytes=loaded_bytes(work, tiers) + work.rounds * tiers.disk,
         h2d_bytes=0
         if on_host
@@ -385,11 +386,12 @@ def stage_cost(stage: StagePlan, model: ModelSpec, workload: Workload, hardware:
 
 def _cached_cost(stage: StagePlan, embeddings_bytes: int, hardware: Hardware) -> StageCost:
     """All embeddings come from the prompt cache: no weights, no time worth predicting, the format's fidelity."""
-    on_host = hardware.device == "cpu"
+    on_host, process = hardware.device == "cpu", _before_weights(hardware)["process_bytes"]
     error, provenance = fidelity_of(stage)
     return StageCost(
         context_bytes=0 if on_host else hardware.context_bytes,
-        host_bytes=hardware.libraries_host_bytes + embeddings_bytes + (0 if on_host else hardware.cuda_host_bytes),
+        host_bytes=process + embeddings_bytes,
+        process_bytes=process,
         fidelity_error=error,
         fidelity_provenance=provenance,
         on_host=on_host,

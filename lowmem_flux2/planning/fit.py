@@ -117,34 +117,40 @@ def fit(
     Args:
         hardware: where they start, and what they are held near.
         source: the provenance of what moves.
-        names: which constants, as in provenance; None for all that the observations could tell.
-
-    Returns:
-        The machine where the sum is least with as few constants moved as will do: one that the runs do not ask for
-        keeps its value and its source.
+        names: constants that the observations were made to tell, as in provenance: each is taken from them. None for
+            all that they could tell, moving as few as will do: one that they do not ask for keeps value and source.
     """
     constants = constants_of(hardware, observations) if names is None else tuple(names)
     problem = _Problem(hardware, observations, constants)
     assumed = np.array([value_of(hardware, name) for name in constants])
-    best = problem.solve(np.zeros(len(constants)), assumed > 0)
-    if not best.free.all():
-        more = problem.solve(best.moved, np.ones(len(constants), dtype=bool))
-        best = more if more.loss < best.loss - UNTOLD else best
-    moves = np.abs(best.moved) / best.deviations
-    for index in np.argsort(moves):  # the least told first
-        if best.free[index] and moves[index] < SURELY:
-            fewer = problem.solve(best.moved, best.free & (np.arange(len(constants)) != index))
-            best = fewer if fewer.loss <= best.loss + UNTOLD else best
+    everything = np.ones(len(constants), dtype=bool)
+    if names is None:
+        best = _fewest(problem, problem.solve(np.zeros(len(constants)), assumed > 0), everything)
+    else:
+        best = problem.solve(np.zeros(len(constants)), everything)
     found, rows = hardware, []
     values = problem.values(best.moved)
     for name, before, after, deviation, is_free in zip(
         constants, assumed, values, best.deviations, best.free, strict=True
     ):
-        if is_free and abs(after - before) > LEAST_MOVE * before:
+        if names is not None or (is_free and abs(after - before) > LEAST_MOVE * before):
             weak = "; they tell it weakly" if deviation > WEAKLY else ""
             found = _with(found, name, after, f"{source}{weak}")
             rows.append(Fitted(name, float(before), after, float(deviation)))
     return Fit(found, tuple(rows))
+
+
+def _fewest(problem: _Problem, best: _Solution, everything: npt.NDArray[np.bool_]) -> _Solution:
+    """Free what is assumed to be zero only if the sum asks for it, and hold what it does not ask for."""
+    if not best.free.all():
+        more = problem.solve(best.moved, everything)
+        best = more if more.loss < best.loss - UNTOLD else best
+    moves = np.abs(best.moved) / best.deviations
+    for index in np.argsort(moves):  # the least told first
+        if best.free[index] and moves[index] < SURELY:
+            fewer = problem.solve(best.moved, best.free & (np.arange(len(moves)) != index))
+            best = fewer if fewer.loss <= best.loss + UNTOLD else best
+    return best
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,9 +47,9 @@ NON_BLOCK_OF = {"encode": Placement.DISK, "denoise": Placement.GPU, "decode": Pl
 class StageCost:
     """Predicted cost of one stage. Sizes in bytes, times in seconds.
 
-    ``host_bytes`` counts everything resident in RAM that is not pinned: Python and libraries, the pageable arena (that
-    is ``host_pageable_bytes``), what loading passes through, the stage's results, and on ``device=cpu`` the resident
-    weights, slots and activations too.
+    ``host_bytes`` counts everything resident in RAM that is not pinned: Python and libraries (``process_bytes``), the
+    pageable arena (``host_pageable_bytes``), what loading passes through, the stage's results, and on ``device=cpu``
+    the resident weights, slots and activations too.
     ``activation_bytes`` includes the format's transient, and the conditioning weights where they need more than what
     comes after them. ``time_s`` is ``load_s + run_s``, from a cold page cache. While the stage runs, three lanes work,
     at the same time where they can: ``compute_s``, ``copy_s`` (streamed blocks to the device) and ``read_s`` (streamed
@@ -65,6 +65,7 @@ class StageCost:
     host_pinned_bytes: int = 0
     host_bytes: int = 0
     host_pageable_bytes: int = 0
+    process_bytes: int = 0
     disk_bytes: int = 0
     h2d_bytes: int = 0
     load_s: float = 0.0

@@ -63,8 +63,8 @@ def _rooms(work: StageWork, hardware: Hardware, limits: Limits) -> tuple[int, in
     """Bytes for blocks on the device, and in RAM beside a GPU."""
     taken = sum(device_bytes(work, 0, 0)) - max(work.once_bytes - work.activation_bytes, 0)
     if hardware.device == "cpu":
-        return limits.ram_bytes - hardware.libraries_host_bytes - taken, 0
+        return limits.ram_bytes - work.process_bytes - taken, 0
     return (
         limits.vram_bytes - hardware.context_bytes - taken,
-        limits.ram_bytes - hardware.libraries_host_bytes - hardware.cuda_host_bytes,
+        limits.ram_bytes - work.process_bytes,
     )
