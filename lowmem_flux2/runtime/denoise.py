@@ -8,7 +8,7 @@ weights are there, so true guidance costs no second transfer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +16,16 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, retrieve_timesteps
 from diffusers.utils.torch_utils import randn_tensor
-from torch import nn
 
-from lowmem_flux2.errors import NonFiniteLatents, UsageError
+from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import StagePlan
 from lowmem_flux2.planning.workload import Request
 from lowmem_flux2.runtime.components import transformer_blocks, transformer_on_meta
 from lowmem_flux2.runtime.device import DTYPES, release_memory
+from lowmem_flux2.runtime.forward import Forward, StepConditioning
 from lowmem_flux2.runtime.layout import load_module, unbind
+from lowmem_flux2.runtime.references import References
 from lowmem_flux2.runtime.streaming import BlockStreamer
 from lowmem_flux2.runtime.weights import Weights
 
@@ -65,26 +66,6 @@ def initial_latents(model: ModelSpec, request: Request, dtype: torch.dtype, gene
     return noise.to("cpu")
 
 
-@dataclass(frozen=True, slots=True)
-class _StepConditioning:
-    """What one step needs of timestep and guidance: the embedding (B, h), for the final norm, and the modulations."""
-
-    embedding: torch.Tensor
-    double_image: torch.Tensor
-    double_text: torch.Tensor
-    single: torch.Tensor
-
-
-@dataclass(slots=True)
-class _Pass:
-    """One guidance pass: its projected text (B, T, h), and its two streams while a step runs."""
-
-    text: torch.Tensor
-    rope: tuple[torch.Tensor, torch.Tensor]
-    hidden: torch.Tensor
-    encoder_hidden: torch.Tensor
-
-
 @dataclass(slots=True)
 class Progress:
     """How far denoising has come: packed latents of finished batches, and of the batch under way after ``step`` steps.
@@ -119,6 +100,9 @@ class Denoiser:
         self._weights = weights
         self._transformer = transformer_on_meta(folder / "transformer")
         self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+        self._forward = Forward(
+            self._transformer, self._dtype, device, request.guidance_scale, request.num_inference_steps
+        )
         self._streamer: BlockStreamer | None = None
         self._files = weights.open("transformer")  # last: nothing after it can fail and leave it open
 
@@ -129,6 +113,7 @@ class Denoiser:
         prompt_embeds: torch.Tensor,
         negative_embeds: torch.Tensor | None,
         *,
+        references: References | None = None,
         progress: Progress | None = None,
         sigmas: Sequence[float] | None = None,
         callback: StepCallback | None = None,
@@ -141,6 +126,7 @@ class Denoiser:
             latents: initial noise (images, channels, height, width), host.
             prompt_embeds: (images, tokens, joint_dim), host; one row an image.
             negative_embeds: the same for the second guidance pass, or None.
+            references: of every image, joined to its tokens at each step.
             progress: where to go on, and kept up to date at each step; None starts from the noise.
             callback: diffusers' ``callback_on_step_end``, with ``latents`` only.
 
@@ -164,7 +150,7 @@ class Denoiser:
         self._load_blocks((len(batches) - len(progress.finished)) * len(timesteps) - progress.step)
         on_loaded()
         for batch, (steps, texts) in list(zip(batches, prepared, strict=True))[len(progress.finished) :]:
-            done = self._run(latents[batch], progress, timesteps, sigmas, steps, texts, callback, on_step)
+            done = self._run(latents[batch], references, progress, timesteps, sigmas, steps, texts, callback, on_step)
             progress.finished.append(done)
             progress.latents, progress.step = None, 0
         return torch.cat(progress.finished)
@@ -196,7 +182,7 @@ class Denoiser:
         timesteps: torch.Tensor,
         prompt_embeds: torch.Tensor,
         negative_embeds: torch.Tensor | None,
-    ) -> tuple[list[_StepConditioning], list[torch.Tensor]]:
+    ) -> tuple[list[StepConditioning], list[torch.Tensor]]:
         """Embed every timestep and project every text, one at a time in the stock forward's own shapes and dtypes."""
         net = self._transformer
         for name in CONDITIONING:
@@ -212,7 +198,7 @@ class Denoiser:
             timestep = moment.expand(batch).to(latents_dtype) / 1000
             embedding = net.time_guidance_embed(timestep.to(self._dtype) * 1000, guidance)
             steps.append(
-                _StepConditioning(
+                StepConditioning(
                     embedding,
                     net.double_stream_modulation_img(embedding),
                     net.double_stream_modulation_txt(embedding),
@@ -244,28 +230,36 @@ class Denoiser:
     def _run(
         self,
         noise: torch.Tensor,
+        references: References | None,
         progress: Progress,
         timesteps: torch.Tensor,
         sigmas: Sequence[float] | None,
-        steps: Sequence[_StepConditioning],
+        steps: Sequence[StepConditioning],
         texts: Sequence[torch.Tensor],
         callback: StepCallback | None,
         on_step: Callable[[], None],
     ) -> torch.Tensor:
         """All steps of one batch; (B, channels, height, width) -> packed (B, tokens, channels), host."""
         image_ids = Flux2Pipeline._prepare_latent_ids(noise).to(self._device)
+        beside = None
+        if references is not None:
+            image_ids = torch.cat([image_ids, references.ids.to(self._device).expand(len(noise), -1, -1)], dim=1)
+            beside = references.latents.to(self._device, self._dtype).repeat(len(noise), 1, 1)
         latents = progress.latents
         if latents is None:
             latents = Flux2Pipeline._pack_latents(noise.to(self._device))
-        passes = [self._pass(text, image_ids) for text in texts]
+        streamer = self._streamer
+        assert streamer is not None
+        passes = [self._forward.start(text, image_ids) for text in texts]
         self._timesteps(noise, sigmas)  # rewinds the scheduler
         self._scheduler.set_begin_index(progress.step)
         for index in range(progress.step, len(steps)):
             moment, conditioning = timesteps[index], steps[index]
-            prediction = self._predict(latents, passes, conditioning)
+            tokens = latents if beside is None else torch.cat([latents, beside], dim=1)
+            prediction = self._forward.predict(streamer, tokens, passes, conditioning)[:, : latents.shape[1]]
             advanced = self._scheduler.step(prediction, moment, latents, return_dict=False)[0]
             if not bool(torch.isfinite(advanced).all()):
-                self._explain_non_finite(index, latents, passes, conditioning)
+                self._forward.explain_non_finite(streamer, index, tokens, passes, conditioning)
             latents = advanced
             if callback is not None:
                 changed = callback(self, index, moment, {"latents": latents}) or {}
@@ -276,97 +270,3 @@ class Denoiser:
             on_step()
         finished: torch.Tensor = latents.to("cpu")
         return finished
-
-    def _pass(self, text: torch.Tensor, image_ids: torch.Tensor) -> _Pass:
-        net = self._transformer
-        text_ids = Flux2Pipeline._prepare_text_ids(text).to(self._device)
-        text_rope, image_rope = net.pos_embed(text_ids[0]), net.pos_embed(image_ids[0])
-        rope = (torch.cat([text_rope[0], image_rope[0]], dim=0), torch.cat([text_rope[1], image_rope[1]], dim=0))
-        return _Pass(text, rope, text, text)
-
-    def _predict(
-        self,
-        latents: torch.Tensor,
-        passes: Sequence[_Pass],
-        conditioning: _StepConditioning,
-        watch: Callable[[int, _Pass], None] | None = None,
-    ) -> torch.Tensor:
-        """The velocity for one step: (B, tokens, channels). Equal to Flux2Transformer2DModel.forward, with guidance."""
-        net, streamer = self._transformer, self._streamer
-        assert streamer is not None
-        projected = net.x_embedder(latents.to(self._dtype))
-        for one in passes:
-            one.hidden, one.encoder_hidden = projected, one.text
-        del projected  # else it lives through the whole step
-        doubles = len(net.transformer_blocks)
-        for index, block in enumerate(streamer.round()):
-            for one in passes:
-                if index < doubles:
-                    self._double(block, one, conditioning)
-                else:
-                    self._single(block, one, conditioning, first=index == doubles)
-                if watch is not None:
-                    watch(index, one)
-        predictions: list[torch.Tensor] = []
-        for one in passes:
-            text_tokens = one.text.shape[1] if len(net.single_transformer_blocks) else 0
-            hidden = net.norm_out(one.hidden[:, text_tokens:, ...], conditioning.embedding)
-            predictions.append(net.proj_out(hidden))
-            one.hidden = one.encoder_hidden = one.text
-        if len(predictions) == 1:
-            return predictions[0]
-        positive, negative = predictions
-        return negative + self._request.guidance_scale * (positive - negative)
-
-    @staticmethod
-    def _double(block: nn.Module, one: _Pass, conditioning: _StepConditioning) -> None:
-        one.encoder_hidden, one.hidden = block(
-            hidden_states=one.hidden,
-            encoder_hidden_states=one.encoder_hidden,
-            temb_mod_img=conditioning.double_image,
-            temb_mod_txt=conditioning.double_text,
-            image_rotary_emb=one.rope,
-        )
-
-    @staticmethod
-    def _single(block: nn.Module, one: _Pass, conditioning: _StepConditioning, first: bool) -> None:
-        if first:
-            one.hidden = torch.cat([one.encoder_hidden, one.hidden], dim=1)
-            one.encoder_hidden = one.text
-        one.hidden = block(
-            hidden_states=one.hidden,
-            encoder_hidden_states=None,
-            temb_mod=conditioning.single,
-            image_rotary_emb=one.rope,
-        )
-
-    def _explain_non_finite(
-        self, step: int, latents: torch.Tensor, passes: Sequence[_Pass], conditioning: _StepConditioning
-    ) -> None:
-        """Run the step again, looking at what goes in and then after every block, at both streams."""
-        names = [f"double-stream block {i}" for i in range(len(self._transformer.transformer_blocks))]
-        names += [f"single-stream block {i}" for i in range(len(self._transformer.single_transformer_blocks))]
-        entering = {
-            "the latents that it was given": [latents],
-            "the projected text embeddings": [one.text for one in passes],
-            "the timestep conditioning": [getattr(conditioning, field.name) for field in fields(conditioning)],
-            "the latents' projection": [self._transformer.x_embedder(latents.to(self._dtype))],
-        }
-        found = [name for name, tensors in entering.items() if not _finite(*tensors)][:1]
-
-        def watch(index: int, one: _Pass) -> None:
-            if not found and not _finite(one.hidden, one.encoder_hidden):
-                found.append(names[index])
-
-        if not found:
-            self._predict(latents, passes, conditioning, watch)
-        where = found[0] if found else "the output projection"
-        hint = "try --dtype fp32" if self._dtype is torch.float16 else "the weights may be broken, or guidance too high"
-        raise NonFiniteLatents(
-            f"denoise: NaN or infinity at step {step + 1} of {self._request.num_inference_steps}, "
-            f"first in {where}; {hint}"
-        )
-
-
-def _finite(*tensors: torch.Tensor) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

@@ -29,6 +29,7 @@ from lowmem_flux2.runtime.device import DTYPES
 from lowmem_flux2.runtime.encode import TextEncoder
 from lowmem_flux2.runtime.fakes import FAKE_GPU, FakeKernels, FakeWeights
 from lowmem_flux2.runtime.live import LiveBytes
+from lowmem_flux2.runtime.references import References
 
 STEPS_RUN = 2
 """The first step starts from noise, the second from what the first left, as all that follow."""
@@ -137,7 +138,6 @@ class _Run:
         channels, multiple = model.transformer.in_channels, model.size_multiple
         request = _request(work)
         denoiser = _Denoiser(self._cut.folder, model, stage, request, self._device, _quiet, self.weights)
-        denoiser.reference_tokens = work.reference_tokens
         denoiser.run_batches = self._run_of(_batches(work.num_images, stage.batch_size))
         shape = (work.num_images, channels, work.height // multiple, work.width // multiple)
         noise = torch.empty(shape, dtype=self._dtype)
@@ -145,7 +145,14 @@ class _Run:
             torch.empty(work.num_images, work.text_tokens, model.transformer.joint_dim, dtype=self._dtype)
             for _ in range(work.guidance_passes)
         ]
-        denoiser.denoise(noise, embeds[0], embeds[1] if len(embeds) > 1 else None, on_loaded=self._loaded)
+        references = None
+        if work.reference_tokens:
+            references = References(
+                torch.empty(1, work.reference_tokens, channels, dtype=self._dtype),
+                torch.empty(1, work.reference_tokens, 4, dtype=torch.int64),
+            )
+        negative = embeds[1] if len(embeds) > 1 else None
+        denoiser.denoise(noise, embeds[0], negative, references=references, on_loaded=self._loaded)
 
     def decode(self) -> None:
         work, model = self._workload, self._cut.model
@@ -175,36 +182,23 @@ class _Run:
 
 
 class _Denoiser(Denoiser):
-    """The executor's, with two steps for all of them, and of some batches only.
+    """The executor's, with two steps for all of them, and of some batches only."""
 
-    Reference tokens are joined to the image's at each step, as Flux2Pipeline does with their packed latents and ids.
-    """
-
-    reference_tokens = 0
     run_batches: Container[int] = ()
-    _references = torch.empty(0)
 
-    def _run(self, noise: torch.Tensor, progress: Progress, timesteps: Any, sigmas: Any, steps: Any, *rest: Any) -> Any:
+    def _run(
+        self,
+        noise: torch.Tensor,
+        references: Any,
+        progress: Progress,
+        timesteps: Any,
+        sigmas: Any,
+        steps: Any,
+        *rest: Any,
+    ) -> Any:
         if len(progress.finished) not in self.run_batches:
             return torch.empty(len(noise), noise[0, 0].numel(), noise.shape[1], dtype=noise.dtype)
-        return super()._run(noise, progress, timesteps, sigmas, steps[:STEPS_RUN], *rest)
-
-    def _pass(self, text: torch.Tensor, image_ids: torch.Tensor) -> Any:
-        if self.reference_tokens:
-            batch, _, axes = image_ids.shape
-            ids = torch.empty(batch, self.reference_tokens, axes, dtype=image_ids.dtype, device=self._device)
-            image_ids = torch.cat([image_ids, ids], dim=1)
-        return super()._pass(text, image_ids)
-
-    def _predict(self, latents: torch.Tensor, *rest: Any) -> torch.Tensor:
-        if not self.reference_tokens:
-            return super()._predict(latents, *rest)
-        batch, tokens, channels = latents.shape
-        if len(self._references) != batch:
-            shape = (batch, self.reference_tokens, channels)
-            self._references = torch.empty(shape, dtype=self._dtype, device=self._device)
-        joined = torch.cat([latents, self._references], dim=1)
-        return super()._predict(joined, *rest)[:, :tokens]
+        return super()._run(noise, references, progress, timesteps, sigmas, steps[:STEPS_RUN], *rest)
 
 
 class _Decoder(Decoder):

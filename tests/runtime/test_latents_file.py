@@ -25,6 +25,7 @@ from lowmem_flux2.runtime.checked import write_checked
 from lowmem_flux2.runtime.decode import Decoder
 from lowmem_flux2.runtime.denoise import Denoiser
 from lowmem_flux2.runtime.encode import TextEncoder
+from lowmem_flux2.runtime.forward import Forward
 from lowmem_flux2.runtime.latents_file import SavedLatents, read_latents
 
 PROMPTS = ["a red circle", "a blue dog"]
@@ -135,7 +136,7 @@ def test_whatever_stops_decoding_keeps_the_latents(
 
 
 def test_what_is_wrong_before_decoding_keeps_none(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Denoiser, "_predict", no_memory)
+    monkeypatch.setattr(Forward, "predict", no_memory)
     with pytest.raises(Exception, match="denoise: out of memory") as failed:
         engine.generate(PROMPTS[0], **ASKED)
     assert not isinstance(failed.value, DecodeFailed)

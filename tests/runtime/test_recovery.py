@@ -20,6 +20,7 @@ from lowmem_flux2.runtime import layout, streaming
 from lowmem_flux2.runtime.decode import Decoder
 from lowmem_flux2.runtime.denoise import Denoiser
 from lowmem_flux2.runtime.encode import TextEncoder
+from lowmem_flux2.runtime.forward import Forward
 
 STEPS = 4
 PROMPTS = ["a red circle", "a blue dog"]
@@ -80,8 +81,8 @@ def unbroken(tiny_klein: Path) -> torch.Tensor:
 def test_denoise_goes_on_at_the_step_that_failed(
     step: int, tiny_klein: Path, unbroken: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing = Failing(Denoiser._predict, step)
-    monkeypatch.setattr(Denoiser, "_predict", failing.patched())
+    failing = Failing(Forward.predict, step)
+    monkeypatch.setattr(Forward, "predict", failing.patched())
     result = run(tiny_klein)
     assert torch.equal(result.images, unbroken)
     assert failing.calls == STEPS + 1  # only the failed step was tried twice
@@ -93,8 +94,8 @@ def test_denoise_goes_on_at_the_step_that_failed(
 @pytest.mark.parametrize("step", range(2 * STEPS))
 def test_finished_batches_are_not_denoised_again(step: int, tiny_klein: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(tiny_klein, batch_size=1).images
-    failing = Failing(Denoiser._predict, step)
-    monkeypatch.setattr(Denoiser, "_predict", failing.patched())
+    failing = Failing(Forward.predict, step)
+    monkeypatch.setattr(Forward, "predict", failing.patched())
     assert torch.equal(run(tiny_klein, batch_size=1).images, expected)
     assert failing.calls == 2 * STEPS + 1
 
@@ -121,7 +122,7 @@ def test_running_out_while_loading_or_encoding_is_survived(
 def test_every_kind_of_memory_may_run_out(
     error: str, tiny_klein: Path, unbroken: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Denoiser, "_predict", Failing(Denoiser._predict, 2, error=error).patched())
+    monkeypatch.setattr(Forward, "predict", Failing(Forward.predict, 2, error=error).patched())
     result = run(tiny_klein)
     assert torch.equal(result.images, unbroken)
     (event,) = result.report.events
@@ -133,7 +134,7 @@ def test_other_errors_are_not_taken_for_it(tiny_klein: Path, monkeypatch: pytest
     def fail(*_: object) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(Denoiser, "_predict", fail)
+    monkeypatch.setattr(Forward, "predict", fail)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         run(tiny_klein)
 
@@ -150,8 +151,8 @@ def test_running_out_again_while_loading_the_next_rung_takes_another(
     """The step fails, and then so do the reloads; or loading fails from the start."""
     loads = failures if step is None else tuple(number + 1 for number in failures)
     monkeypatch.setattr(Denoiser, "_load_blocks", Failing(Denoiser._load_blocks, *loads).patched())
-    steps = Failing(Denoiser._predict, *([] if step is None else [step]))
-    monkeypatch.setattr(Denoiser, "_predict", steps.patched())
+    steps = Failing(Forward.predict, *([] if step is None else [step]))
+    monkeypatch.setattr(Forward, "predict", steps.patched())
     result = run(tiny_klein, placement="resident")
     assert torch.equal(result.images, unbroken)
     assert len(result.report.events) == len(failures) + (step is not None)
@@ -230,8 +231,8 @@ def test_a_picture_says_by_which_tiles_it_was_made(
 
 
 def test_the_last_rung_fails_with_a_remedy(tiny_klein: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing = Failing(Denoiser._predict, None)
-    monkeypatch.setattr(Denoiser, "_predict", failing.patched())
+    failing = Failing(Forward.predict, None)
+    monkeypatch.setattr(Forward, "predict", failing.patched())
     with pytest.raises(RunError, match=r"denoise: out of memory, and no plan has a lower peak .*smaller"):
         run(tiny_klein)
     assert 2 <= failing.calls <= 20
@@ -256,15 +257,15 @@ class NoRungs:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
         self.calls = 0
-        predict = Denoiser._predict
+        predict = Forward.predict
 
-        def call(denoiser: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(forward: Any, *args: Any, **kwargs: Any) -> Any:
             number, self.calls = self.calls, self.calls + 1
-            if number >= at and denoiser._stage.weight_format == "fp32":
+            if number >= at and type(forward._transformer.transformer_blocks[0].attn.to_q) is torch.nn.Linear:
                 raise ERRORS["device"]
-            return predict(denoiser, *args, **kwargs)
+            return predict(forward, *args, **kwargs)
 
-        monkeypatch.setattr(Denoiser, "_predict", call)
+        monkeypatch.setattr(Forward, "predict", call)
 
 
 def test_no_format_is_changed_unless_allowed(tiny_klein: Path, monkeypatch: pytest.MonkeyPatch) -> None:

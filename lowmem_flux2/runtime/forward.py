@@ -1,0 +1,152 @@
+"""One step of the transformer as a loop over diffusers' own FLUX.2 blocks, bit-equal to the stock forward.
+
+Both guidance passes go through a block while its weights are there, so true guidance costs no second transfer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from diffusers import Flux2Pipeline, Flux2Transformer2DModel
+from torch import nn
+
+from lowmem_flux2.errors import NonFiniteLatents
+from lowmem_flux2.runtime.streaming import BlockStreamer
+
+
+@dataclass(frozen=True, slots=True)
+class StepConditioning:
+    """What one step needs of timestep and guidance: the embedding (B, h), for the final norm, and the modulations."""
+
+    embedding: torch.Tensor
+    double_image: torch.Tensor
+    double_text: torch.Tensor
+    single: torch.Tensor
+
+
+@dataclass(slots=True)
+class Pass:
+    """One guidance pass: its projected text (B, T, h), and its two streams while a step runs."""
+
+    text: torch.Tensor
+    rope: tuple[torch.Tensor, torch.Tensor]
+    hidden: torch.Tensor
+    encoder_hidden: torch.Tensor
+
+
+class Forward:
+    """The transformer's forward, given its blocks one by one by a streamer."""
+
+    def __init__(
+        self,
+        transformer: Flux2Transformer2DModel,
+        dtype: torch.dtype,
+        device: torch.device,
+        guidance_scale: float,
+        steps: int,
+    ) -> None:
+        self._transformer = transformer
+        self._dtype = dtype
+        self._device = device
+        self._guidance_scale = guidance_scale
+        self._steps = steps
+
+    def start(self, text: torch.Tensor, image_ids: torch.Tensor) -> Pass:
+        net = self._transformer
+        text_ids = Flux2Pipeline._prepare_text_ids(text).to(self._device)
+        text_rope, image_rope = net.pos_embed(text_ids[0]), net.pos_embed(image_ids[0])
+        rope = (torch.cat([text_rope[0], image_rope[0]], dim=0), torch.cat([text_rope[1], image_rope[1]], dim=0))
+        return Pass(text, rope, text, text)
+
+    def predict(
+        self,
+        streamer: BlockStreamer,
+        latents: torch.Tensor,
+        passes: Sequence[Pass],
+        conditioning: StepConditioning,
+        watch: Callable[[int, Pass], None] | None = None,
+    ) -> torch.Tensor:
+        """The velocity for one step: (B, tokens, channels). Equal to Flux2Transformer2DModel.forward, with guidance."""
+        net = self._transformer
+        projected = net.x_embedder(latents.to(self._dtype))
+        for one in passes:
+            one.hidden, one.encoder_hidden = projected, one.text
+        del projected  # else it lives through the whole step
+        doubles = len(net.transformer_blocks)
+        for index, block in enumerate(streamer.round()):
+            for one in passes:
+                if index < doubles:
+                    self._double(block, one, conditioning)
+                else:
+                    self._single(block, one, conditioning, first=index == doubles)
+                if watch is not None:
+                    watch(index, one)
+        predictions: list[torch.Tensor] = []
+        for one in passes:
+            text_tokens = one.text.shape[1] if len(net.single_transformer_blocks) else 0
+            hidden = net.norm_out(one.hidden[:, text_tokens:, ...], conditioning.embedding)
+            predictions.append(net.proj_out(hidden))
+            one.hidden = one.encoder_hidden = one.text
+        if len(predictions) == 1:
+            return predictions[0]
+        positive, negative = predictions
+        return negative + self._guidance_scale * (positive - negative)
+
+    @staticmethod
+    def _double(block: nn.Module, one: Pass, conditioning: StepConditioning) -> None:
+        one.encoder_hidden, one.hidden = block(
+            hidden_states=one.hidden,
+            encoder_hidden_states=one.encoder_hidden,
+            temb_mod_img=conditioning.double_image,
+            temb_mod_txt=conditioning.double_text,
+            image_rotary_emb=one.rope,
+        )
+
+    @staticmethod
+    def _single(block: nn.Module, one: Pass, conditioning: StepConditioning, first: bool) -> None:
+        if first:
+            one.hidden = torch.cat([one.encoder_hidden, one.hidden], dim=1)
+            one.encoder_hidden = one.text
+        one.hidden = block(
+            hidden_states=one.hidden,
+            encoder_hidden_states=None,
+            temb_mod=conditioning.single,
+            image_rotary_emb=one.rope,
+        )
+
+    def explain_non_finite(
+        self,
+        streamer: BlockStreamer,
+        step: int,
+        latents: torch.Tensor,
+        passes: Sequence[Pass],
+        conditioning: StepConditioning,
+    ) -> None:
+        """Run the step again, looking at what goes in and then after every block, at both streams."""
+        names = [f"double-stream block {i}" for i in range(len(self._transformer.transformer_blocks))]
+        names += [f"single-stream block {i}" for i in range(len(self._transformer.single_transformer_blocks))]
+        entering = {
+            "the latents that it was given": [latents],
+            "the projected text embeddings": [one.text for one in passes],
+            "the timestep conditioning": [getattr(conditioning, field.name) for field in fields(conditioning)],
+            "the latents' projection": [self._transformer.x_embedder(latents.to(self._dtype))],
+        }
+        found = [name for name, tensors in entering.items() if not _finite(*tensors)][:1]
+
+        def watch(index: int, one: Pass) -> None:
+            if not found and not _finite(one.hidden, one.encoder_hidden):
+                found.append(names[index])
+
+        if not found:
+            self.predict(streamer, latents, passes, conditioning, watch)
+        where = found[0] if found else "the output projection"
+        hint = "try --dtype fp32" if self._dtype is torch.float16 else "the weights may be broken, or guidance too high"
+        raise NonFiniteLatents(
+            f"denoise: NaN or infinity at step {step + 1} of {self._steps}, first in {where}; {hint}"
+        )
+
+
+def _finite(*tensors: torch.Tensor) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
