@@ -27,7 +27,7 @@ CGROUP = Path("/sys/fs/cgroup/memory/lowmem-flux2-residency")
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def child(folder: Path, result: Path, placement: str, max_ram: str | None) -> None:
+def child(folder: Path, result: Path, placement: str, dtype: str) -> None:
     """Make the picture in this process; write latents and figures."""
     import time
 
@@ -41,7 +41,7 @@ def child(folder: Path, result: Path, placement: str, max_ram: str | None) -> No
         moments.append(time.perf_counter())
         return kept
 
-    engine = Engine(str(folder), dtype="bf16", placement=placement, max_ram=max_ram, prompt_cache="off")  # type: ignore[arg-type]
+    engine = Engine(str(folder), dtype=dtype, placement=placement, prompt_cache="off")  # type: ignore[arg-type]
     made = engine.generate(
         "a lighthouse at dusk",
         height=SIDE_PX,
@@ -76,12 +76,13 @@ def _sectors_read() -> int:
     return sum(int(fields[5]) for fields in lines if (Path("/sys/block") / fields[2]).exists())
 
 
-def run(folder: Path, scratch: Path, name: str, placement: str, limit_bytes: int | None) -> dict[str, Any]:
+def run(folder: Path, scratch: Path, name: str, placement: str, dtype: str, limit_bytes: int | None) -> dict[str, Any]:
     """One child run, from cold caches; inside the cgroup where a limit is given."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
     result = scratch / f"{name}.json"
     command = [sys.executable, __file__, "--folder", str(folder), "--child", str(result), "--placement", placement]
+    command += ["--dtype", dtype]
     if limit_bytes is not None:
         CGROUP.mkdir(exist_ok=True)
         (CGROUP / "memory.limit_in_bytes").write_text(str(limit_bytes))
@@ -100,24 +101,34 @@ def run(folder: Path, scratch: Path, name: str, placement: str, limit_bytes: int
     return figures
 
 
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    found = dict(line.split("\t: ", 1) for line in lines if "\t: " in line)
+    fast = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in found["flags"].split()]
+    return f"{found['model name']}, {os.cpu_count()} cores, {' '.join(fast)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="the checkpoint; written there if missing")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--limit-gib", type=float, default=3.0)
+    parser.add_argument("--dtype", default="bf16", help="of compute: a CPU without bf16 units is quicker in fp32")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--placement", default="auto", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is not None:
-        child(arguments.folder, arguments.child, arguments.placement, None)
+        child(arguments.folder, arguments.child, arguments.placement, arguments.dtype)
         return
     ensure_checkpoint(arguments.folder)
     scratch = arguments.folder.parent
     limit = int(arguments.limit_gib * (1 << 30))
-    limited = run(arguments.folder, scratch, "limited", "auto", limit)
-    resident = run(arguments.folder, scratch, "resident", "resident", None)
+    limited = run(arguments.folder, scratch, "limited", "auto", arguments.dtype, limit)
+    resident = run(arguments.folder, scratch, "resident", "resident", arguments.dtype, None)
     record: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": _cpu(),
+        "dtype": arguments.dtype,
         "side_px": SIDE_PX,
         "steps": STEPS,
     }
@@ -130,7 +141,8 @@ def main() -> None:
         record["finite"] = bool(torch.isfinite(latents[0]).all())
         record["step_ratio"] = limited["step_s"][1] / resident["step_s"][1]
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "residency-cpu.json").write_text(json.dumps(record, indent=2) + "\n")
+    name = "residency-cpu" if arguments.dtype == "bf16" else f"residency-cpu-{arguments.dtype}"
+    (arguments.out / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
 
 
