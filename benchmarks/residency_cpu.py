@@ -103,7 +103,7 @@ def run(folder: Path, scratch: Path, name: str, placement: str, dtype: str, limi
 
 def _cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    found = dict(line.split("\t: ", 1) for line in lines if "\t: " in line)
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     fast = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in found["flags"].split()]
     return f"{found['model name']}, {os.cpu_count()} cores, {' '.join(fast)}"
 
