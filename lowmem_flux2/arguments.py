@@ -113,7 +113,20 @@ def read_prompts(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
     return tuple(prompts)
 
 
-def check_nothing_is_chosen(selection: Selection) -> None:
+def flags_of_place(flags: RequestFlags, fit: FitFlags, cache_dir: Path | None) -> tuple[str, ...]:
+    """What was typed of where a run takes place, for the command that goes on with it."""
+    typed = {
+        "--profile": None if fit.profile == "auto" else fit.profile,
+        "--device": None if fit.device == "auto" else fit.device,
+        "--max-vram": fit.max_vram,
+        "--max-ram": fit.max_ram,
+        "--cache-dir": cache_dir,
+    }
+    pairs = [word for flag, value in typed.items() if value is not None for word in (flag, str(value))]
+    return (*pairs, *(["--offline"] if flags.offline else []))
+
+
+def check_nothing_is_chosen(selection: Selection, why: str = "--plan carries out what the file says") -> None:
     """With ``--plan`` the plan has chosen: only caps may be given, and are compared with its peaks.
 
     Raises:
@@ -121,7 +134,7 @@ def check_nothing_is_chosen(selection: Selection) -> None:
     """
     if replace(selection, max_vram_bytes=None, max_ram_bytes=None) != Selection():
         raise UsageError(
-            "--plan carries out what the file says: leave out --prefer, --weight-format, --text-weight-format, "
+            f"{why}: leave out --prefer, --weight-format, --text-weight-format, "
             "--dtype, --placement, --step-cache, --vae-tile and --batch-size, or plan again with them"
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from lowmem_flux2.arguments import (
     check_all_is_in_the_file,
     check_caps,
     check_nothing_is_chosen,
+    flags_of_place,
     read_prompts,
     resolve,
     selection_of,
@@ -87,6 +89,7 @@ def generate(
     if save_latents is not None:
         check_writable("--save-latents", save_latents)
     selection = selection_of(fit)
+    place, again = flags_of_place(flags, fit, cache_dir), shlex.join(["lowmem-flux2", *sys.argv[1:]])
 
     def running(machine: Machine) -> Running:
         options = (flags.offline, not no_prepare, allow_format_change)
@@ -97,10 +100,10 @@ def generate(
         machine = resolve_machine(fit.profile, fit.device, selection.max_ram_bytes)
         check_caps(selection, machine)
         with _interruptible():
-            from lowmem_flux2.generating import Output, decode
+            from lowmem_flux2.generating import Output, go_on
 
-            written = Output(pattern, report, None, not no_metadata, quiet, out, err)
-            decode(from_latents, flags.model, machine, selection, running(machine), written, dry_run)
+            written = Output(pattern, report, None, not no_metadata, quiet, out, err, place, again)
+            go_on(from_latents, flags.model, machine, selection, running(machine), written, dry_run)
         return
     prompts = read_prompts(flags.prompt, flags.prompt_file)
     if plan is not None:
@@ -129,7 +132,8 @@ def generate(
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels when it is imported
         from lowmem_flux2.generating import Output, carry_out
 
-        written = Output(pattern, report, save_latents, not no_metadata, quiet, out, err)
+        again += "" if seed is not None else f" -s {seeds[0]}"
+        written = Output(pattern, report, save_latents, not no_metadata, quiet, out, err, place, again)
         carry_out(asked, made, running(asked.machine), seeds, written)
 
 

@@ -128,6 +128,15 @@ class DecodeFailed(RunError):
 
 
 class Interrupted(LowMemFlux2Error):
-    """Stopped by Ctrl-C while running."""
+    """Stopped by Ctrl-C while running, or as a ``runtime.interruption.Interruption`` asked.
+
+    Args:
+        run: a ``runtime.interrupted_file.InterruptedRun`` where denoising had begun, which
+            ``Engine.generate(from_latents=...)`` goes on with; None where there is nothing to keep.
+    """
 
     exit_code = 130
+
+    def __init__(self, message: str, run: Any = None) -> None:
+        super().__init__(message)
+        self.run = run

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from lowmem_flux2.arguments import Asked
+from lowmem_flux2.arguments import Asked, check_nothing_is_chosen
 from lowmem_flux2.console import ConsoleObserver
-from lowmem_flux2.errors import DecodeFailed, LowMemFlux2Error, RunError, UsageError
+from lowmem_flux2.errors import DecodeFailed, Interrupted, LowMemFlux2Error, RunError, UsageError
 from lowmem_flux2.planning.explain import explain
 from lowmem_flux2.planning.job import Machine
 from lowmem_flux2.planning.plan import Plan
@@ -22,7 +22,10 @@ from lowmem_flux2.report import ImageRecord, Report, write_report
 from lowmem_flux2.runtime.engine import Engine
 from lowmem_flux2.runtime.images import to_pil
 from lowmem_flux2.runtime.inputs import Inputs
-from lowmem_flux2.runtime.latents_file import SUFFIX, SavedLatents, read_latents
+from lowmem_flux2.runtime.interrupted_file import SUFFIX as INTERRUPTED
+from lowmem_flux2.runtime.interrupted_file import InterruptedRun, read_saved
+from lowmem_flux2.runtime.interruption import Interruption
+from lowmem_flux2.runtime.latents_file import SUFFIX, LatentImage, SavedLatents
 from lowmem_flux2.runtime.picture import OutputPattern, describe, save_png
 from lowmem_flux2.runtime.running import Running
 from lowmem_flux2.runtime.versions import versions
@@ -30,7 +33,12 @@ from lowmem_flux2.runtime.versions import versions
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What is written and printed."""
+    """What is written and printed.
+
+    Args:
+        place: flags of where the run takes place, for the command that goes on with it.
+        again: the command line that does the same.
+    """
 
     pattern: OutputPattern
     report: Path | None
@@ -39,6 +47,8 @@ class Output:
     quiet: bool
     out: Console
     err: Console
+    place: tuple[str, ...] = ()
+    again: str = ""
 
     def finish(self, report: Report, saved: Sequence[ImageRecord]) -> None:
         report = replace(report, images=tuple(saved))
@@ -52,15 +62,36 @@ class Output:
         latents: SavedLatents = failed.latents
         file = failed.saved_in
         if file is None:
-            first = latents.origin.images[0]
-            picture = self.pattern.path(seed=first.seed or 0, index=first.index, model=model)
             try:
-                file = latents.save(picture.with_name(picture.stem + SUFFIX))
+                file = latents.save(self._beside(latents.origin.images[0], model, SUFFIX))
             except OSError as error:
                 return f"the denoised latents could not be saved either: {error}"
-        resume = shlex.join(["lowmem-flux2", "generate", "--from-latents", str(file), "-o", str(self.pattern)])
+        resume = self._resume(file)
         elsewhere = "" if latents.origin.plan.hardware.device == "cpu" else "   # or with --device cpu"
         return f"the denoised latents are saved in {file}; this decodes them:\n  {resume}{elsewhere}"
+
+    def keep_run(self, stopped: Interrupted, model: str) -> Interrupted:
+        """Save what an interrupted run goes on with; returns the same, telling how to go on."""
+        run: InterruptedRun | None = stopped.run
+        if run is None:
+            return Interrupted(f"interrupted before the first step; this begins again:\n  {self.again}")
+        try:
+            file = run.save(self._beside(run.origin.images[0], model, INTERRUPTED))
+        except OSError as error:
+            return Interrupted(f"interrupted, and the latents could not be saved: {error}")
+        done = f"{run.step} of {run.origin.request.num_inference_steps} steps"
+        if run.finished is not None:
+            done = f"{len(run.finished)} of {len(run.noise)} images and {done} of the next"
+        return Interrupted(f"interrupted after {done}, saved in {file}; this goes on there:\n  {self._resume(file)}")
+
+    def _beside(self, image: LatentImage, model: str, suffix: str) -> Path:
+        picture = self.pattern.path(seed=image.seed or 0, index=image.index, model=model)
+        return picture.with_name(picture.stem + suffix)
+
+    def _resume(self, file: Path) -> str:
+        bare = [] if self.metadata else ["--no-metadata"]
+        place = [*self.place, *bare]
+        return shlex.join(["lowmem-flux2", "generate", "--from-latents", str(file), "-o", str(self.pattern), *place])
 
 
 def carry_out(asked: Asked, made: Plan, running: Running, seeds: list[int], output: Output) -> None:
@@ -68,6 +99,7 @@ def carry_out(asked: Asked, made: Plan, running: Running, seeds: list[int], outp
 
     Raises:
         RunError: where the latents were saved, if they could not be decoded.
+        Interrupted: by Ctrl-C; says how to go on.
     """
     request = asked.request
     saved: list[ImageRecord] = []
@@ -80,10 +112,13 @@ def carry_out(asked: Asked, made: Plan, running: Running, seeds: list[int], outp
         saved.append(ImageRecord(str(path), seeds[index], prompt))
         output.out.print(f"{path}   seed {seeds[index]}", soft_wrap=True)
 
-    with ConsoleObserver(output.err, output.quiet) as observer:
+    with ConsoleObserver(output.err, output.quiet) as observer, Interruption().on_sigint() as interruption:
         engine = Engine.of(asked.source, asked.machine, asked.selection, running, observer)
+        inputs = Inputs(on_picture=save, interruption=interruption)
         try:
-            result = engine.run(request, made, Inputs(on_picture=save), seeds, save_latents=output.save_latents)
+            result = engine.run(request, made, inputs, seeds, save_latents=output.save_latents)
+        except Interrupted as stopped:
+            raise output.keep_run(stopped, made.model) from stopped
         except DecodeFailed as failed:
             raise _with_remedy(failed, output.keep(failed, made.model)) from failed
     if result.latents_file is not None:
@@ -93,10 +128,10 @@ def carry_out(asked: Asked, made: Plan, running: Running, seeds: list[int], outp
         raise RunError(f"the pictures are done, but the latents could not be saved in {output.save_latents}")
 
 
-def decode(
+def go_on(
     file: Path, model: str | None, machine: Machine, selection: Selection, running: Running, output: Output, dry: bool
 ) -> None:
-    """Decode the latents of an earlier run: its pictures, with all that they say of themselves.
+    """Go on with the latents of an earlier run to its pictures, with all that they say of themselves.
 
     Args:
         model: what ``-m`` was given; None takes the file's.
@@ -105,9 +140,12 @@ def decode(
     Raises:
         UsageError: the file is not there, or is of another model.
         RunError: it could not be decoded; the file is left as it is.
+        Interrupted: by Ctrl-C; says how to go on.
     """
-    latents = read_latents(file)
+    latents = read_saved(file)
     origin = latents.origin
+    if isinstance(latents, InterruptedRun):
+        check_nothing_is_chosen(selection, "--from-latents goes on with the run's own plan")
     try:
         revision = origin.revision if model is None else None
         source = resolve_model(model or origin.model, revision=revision, offline=running.offline)
@@ -120,24 +158,33 @@ def decode(
         record = ImageRecord(None, image.seed, image.prompt)
         texts = {}
         if output.metadata:
-            texts = describe(origin.request, origin.with_decode(carried_out), record, origin.versions, image.index)
+            whole = carried_out if isinstance(latents, InterruptedRun) else origin.with_decode(carried_out)
+            texts = describe(origin.request, whole, record, origin.versions, image.index)
             if origin.versions != versions():
-                texts["decoded_with"] = " ".join(f"{name}=={version}" for name, version in versions().items())
+                texts["resumed_with" if isinstance(latents, InterruptedRun) else "decoded_with"] = " ".join(
+                    f"{name}=={version}" for name, version in versions().items()
+                )
         name = output.pattern.path(seed=image.seed or 0, index=image.index, model=origin.plan.model)
         path = save_png(to_pil(picture), name, texts)
         saved.append(ImageRecord(str(path), image.seed, image.prompt))
         output.out.print(f"{path}   seed {image.seed}", soft_wrap=True)
 
-    with ConsoleObserver(output.err, output.quiet) as observer:
+    with ConsoleObserver(output.err, output.quiet) as observer, Interruption().on_sigint() as interruption:
         engine = Engine.of(source, machine, selection, running, observer)
         if dry or not output.quiet:
-            output.out.print(explain(engine.plan_resume(latents), source.spec))
+            output.out.print(explain(engine.plan_resume(latents, str(file)), source.spec))
         if dry:
             return
         try:
-            result = engine.resume(latents, str(file), on_picture=save)
+            hooks = Inputs(on_picture=save, interruption=interruption)
+            result = engine.resume(latents, str(file), hooks=hooks)
+        except Interrupted as stopped:
+            raise output.keep_run(stopped, origin.plan.model) from stopped
         except DecodeFailed as failed:
-            raise _with_remedy(failed, f"the latents are still in {file}") from failed
+            remedy = f"the latents are still in {file}"
+            if isinstance(latents, InterruptedRun):
+                remedy = output.keep(failed, origin.plan.model)
+            raise _with_remedy(failed, remedy) from failed
     output.finish(result.report, saved)
 
 

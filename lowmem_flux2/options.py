@@ -177,7 +177,8 @@ SaveLatents = Annotated[
 FromLatents = Annotated[
     Path | None,
     typer.Option(
-        help="Decode the latents of an earlier run and do nothing else; prompt, seed and size are the file's.",
+        help="Go on with the latents of an earlier run: decode them, after the steps that an interrupted run lacks; "
+        "prompt, seed and size are the file's.",
         rich_help_panel=ASK,
     ),
 ]

@@ -23,8 +23,10 @@ from lowmem_flux2.runtime.device import torch_device
 from lowmem_flux2.runtime.download import with_weights
 from lowmem_flux2.runtime.generation import Generation, GenerationJob, carry_out
 from lowmem_flux2.runtime.images import OutputType
-from lowmem_flux2.runtime.inputs import Inputs, OnPicture, check_inputs
-from lowmem_flux2.runtime.latents_file import LatentImage, SavedLatents, read_latents
+from lowmem_flux2.runtime.inputs import Inputs, check_inputs
+from lowmem_flux2.runtime.interrupted_file import InterruptedRun, read_saved
+from lowmem_flux2.runtime.interruption import Interruption
+from lowmem_flux2.runtime.latents_file import LatentImage, SavedLatents
 from lowmem_flux2.runtime.observer import Observer, Silent
 from lowmem_flux2.runtime.running import Running
 from lowmem_flux2.units import parse_bytes
@@ -191,32 +193,44 @@ class Engine:
         callback_on_step_end: StepCallback | None = None,
         plan: Plan | None = None,
         save_latents: str | Path | None = None,
-        from_latents: str | Path | SavedLatents | None = None,
+        from_latents: str | Path | SavedLatents | InterruptedRun | None = None,
+        interruption: Interruption | None = None,
     ) -> Generation:
-        """Make pictures. Arguments as in diffusers' Flux2Pipeline and Flux2KleinPipeline; the last four are ours.
+        """Make pictures. Arguments as in diffusers' Flux2Pipeline and Flux2KleinPipeline; the last five are ours.
+
+        A KeyboardInterrupt passes through at once: weights are freed, no file is half-written, what was denoised is
+        lost. With ``interruption`` it is not: see there.
 
         Args:
             seed: image i uses a generator of its own with ``seed + i``; drawn at random where neither seed, generator
                 nor latents are given. Every seed is in the result.
             plan: carry this plan out instead of making one.
             save_latents: write the denoised latents there before decoding; never over a file that is there.
-            from_latents: decode such a file, or the ``latents`` of a ``DecodeFailed``, and nothing else; all other
-                arguments but ``output_type`` are its own. No text encoder and no transformer is loaded.
+            from_latents: decode such a file, or the ``latents`` of a ``DecodeFailed``, and nothing else; only the VAE
+                is loaded. Or go on with the ``run`` of an ``Interrupted``, or the file of one, after
+                its last step. All arguments but ``output_type``, ``interruption`` and, for such a run,
+                ``callback_on_step_end`` are its own.
+            interruption: stops the run after the step under way when it is asked to, by SIGINT or by the caller.
 
         Raises:
             UsageError: arguments that contradict each other or cannot be honoured.
+            Interrupted: as ``interruption`` asked; its ``run`` is what to go on with.
             DecodeFailed: the latents are done, and in the exception, but no picture could be made of them.
             DoesNotFit, CheckpointError, RunError: see ``lowmem_flux2.errors``.
         """
         if from_latents is not None:
             asked = (prompt, image, negative_prompt, height, width, num_inference_steps, sigmas, guidance_scale)
             given = (generator, seed, latents, prompt_embeds, negative_prompt_embeds, plan, save_latents)
-            others: tuple[object, ...] = (*asked, *given, max_sequence_length, callback_on_step_end)
+            others: tuple[object, ...] = (*asked, *given, max_sequence_length)
             if any(value is not None for value in others) or num_images_per_prompt != 1:
                 raise UsageError("from_latents: prompt, seed, size and all else are the latents' own: leave them out")
-            if isinstance(from_latents, SavedLatents):
-                return self.resume(from_latents, output_type=output_type)
-            return self.resume(read_latents(Path(from_latents)), str(from_latents), output_type)
+            saved, name = from_latents, "the latents"
+            if isinstance(saved, str | Path):
+                saved, name = read_saved(Path(saved)), str(saved)
+            if isinstance(saved, SavedLatents) and callback_on_step_end is not None:
+                raise UsageError("from_latents: these are denoised, so that no step calls back: leave out the callback")
+            hooks = Inputs(callback=callback_on_step_end, interruption=interruption)
+            return self.resume(saved, name, output_type, hooks)
         if image is not None:
             raise UsageError("reference images (image=...) are not in this version")
         if (prompt is None) == (prompt_embeds is None):
@@ -255,6 +269,7 @@ class Engine:
             negative_prompt_embeds=negative_prompt_embeds,
             sigmas=sigmas,
             callback=callback_on_step_end,
+            interruption=interruption,
         )
         check_inputs(self._source.spec, request, inputs)
         if plan is not None:
@@ -264,29 +279,44 @@ class Engine:
 
     def resume(
         self,
-        saved: SavedLatents,
+        saved: SavedLatents | InterruptedRun,
         name: str = "the latents",
         output_type: OutputType = "pil",
-        on_picture: OnPicture | None = None,
+        hooks: Inputs | None = None,
     ) -> Generation:
-        """Decode saved latents, for which neither text encoder nor transformer is loaded.
+        """Go on with saved latents: decode them, or take the steps that are missing first.
 
         Args:
             name: what to call them in messages.
-            on_picture: told of each picture; its number is that of the row in ``saved``.
+            hooks: ``on_picture``, whose number is that of the row in ``saved``, ``callback``, ``interruption``.
 
         Raises:
-            UsageError: latents of a model with another VAE.
+            UsageError: latents of a model with another VAE, or another transformer.
             DoesNotFit, CheckpointError, RunError: as ``generate``.
         """
-        plan, origin = self.plan_resume(saved), saved.origin
-        inputs = Inputs(packed=saved.latents, on_picture=on_picture)
-        job = GenerationJob(origin.request, plan, inputs, origin.images, output_type, resumed=saved, resumed_name=name)
-        return self._carry_out(job)
+        plan, origin, hooks = self.plan_resume(saved, name), saved.origin, hooks or Inputs()
+        if isinstance(saved, InterruptedRun):
+            inputs = replace(
+                saved.inputs,
+                on_picture=hooks.on_picture,
+                callback=hooks.callback,
+                interruption=hooks.interruption,
+            )
+            job = GenerationJob(origin.request, plan, inputs, origin.images, output_type, interrupted=saved)
+        else:
+            inputs = replace(hooks, packed=saved.latents)
+            job = GenerationJob(origin.request, plan, inputs, origin.images, output_type, resumed=saved)
+        return self._carry_out(replace(job, resumed_name=name))
 
-    def plan_resume(self, saved: SavedLatents) -> Plan:
-        """The plan that decodes saved latents: the decode stage alone, in the dtype that they were made in."""
+    def plan_resume(self, saved: SavedLatents | InterruptedRun, name: str = "the latents") -> Plan:
+        """The plan that decodes saved latents: the decode stage alone, in the dtype that they were made in.
+
+        Of an interrupted run, its own plan.
+        """
         origin = saved.origin
+        if isinstance(saved, InterruptedRun):
+            plan = replay(origin.plan, self._source, self._machine, origin.request, name, self._selection)
+            return replace(plan, format_changes=origin.plan.format_changes)
         selection = origin.selection(self._selection, self._machine.hardware)
         return plan_job(
             self._source,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +29,7 @@ from lowmem_flux2.runtime.denoise import Denoiser, Progress, initial_latents
 from lowmem_flux2.runtime.device import DTYPES, cap_vram, host_use, measure, release_memory, synchronize, torch_device
 from lowmem_flux2.runtime.encode import TextEncoder
 from lowmem_flux2.runtime.inputs import Inputs, batches_to_encode
+from lowmem_flux2.runtime.interruption import Interruption
 from lowmem_flux2.runtime.observer import Observer
 from lowmem_flux2.runtime.recovery import (
     Begun,
@@ -51,6 +52,16 @@ class Outcome:
     pictures: torch.Tensor | None = None
     measures: list[StageMeasure] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class UnderWay:
+    """What denoising goes on from: noise (images, channels, height, width), a row of embeddings an image, progress."""
+
+    noise: torch.Tensor
+    embeds: torch.Tensor
+    negative: torch.Tensor | None
+    progress: Progress
 
 
 class Executor:
@@ -81,6 +92,8 @@ class Executor:
         self._pictures: list[torch.Tensor] = []
         self._ram_before_bytes = host_use().anonymous_bytes
         self._moments: list[float] = []
+        self._under_way: UnderWay | None = None
+        self._interruption = Interruption()
 
     @property
     def plan(self) -> Plan:
@@ -93,14 +106,21 @@ class Executor:
         packed, done = self._outcome.packed_latents, len(self._pictures)
         return None if packed is None or done == len(packed) else (done, packed)
 
+    @property
+    def under_way(self) -> UnderWay | None:
+        """What denoising has come to; None before it began, and when all of it is done."""
+        return self._under_way
+
     def run(self, request: Request, inputs: Inputs) -> Outcome:
         """Carry the plan out.
 
         Raises:
+            Interrupted: as ``inputs.interruption`` asked; ``under_way`` or ``undecoded`` is what to keep.
             NonFiniteLatents: NaN or infinity appeared.
             RunError: out of memory on the last rung of the recovery ladder.
         """
         cap_vram(self._device, self._plan.limits.vram_bytes, self._plan.hardware.context_bytes)
+        self._interruption = inputs.interruption or self._interruption
         packed = inputs.packed
         if packed is None:
             packed = self._denoise(request, inputs, *self._encode(request, inputs))
@@ -146,7 +166,7 @@ class Executor:
             with closing(TextEncoder(*arguments)) as encoder:
                 loaded()
                 for group in left:
-                    for batch, embeddings in zip(group, encoder.encode(group, length, self._advanced), strict=True):
+                    for batch, embeddings in zip(group, encoder.encode(group, length, self._stepped), strict=True):
                         made[batch] = embeddings
                         if inputs.on_encoded is not None:
                             inputs.on_encoded(batch, embeddings, self._plan)
@@ -163,7 +183,16 @@ class Executor:
         if latents is None:
             latents = initial_latents(self._model, request, embeds.dtype, inputs.generators)
         noise = latents.to(embeds.dtype)
-        progress = Progress()
+        progress = inputs.progress or Progress()
+        self._under_way = UnderWay(noise, embeds, negative, progress)
+        size = self._plan.stage("denoise").batch_size
+        batches, steps = -(-request.num_images // size), request.num_inference_steps
+
+        def stepped() -> None:
+            """After the very last step nothing is left to go on with: decoding stops."""
+            self._advanced()
+            if progress.step < steps or len(progress.finished) < batches - 1:
+                self._interruption.check()
 
         def attempt(stage: StagePlan, loaded: Callable[[], None]) -> None:
             arguments = (self._folder, self._model, stage, request, self._device, self._event, self._weights)
@@ -176,16 +205,15 @@ class Executor:
                     sigmas=inputs.sigmas,
                     callback=inputs.callback,
                     on_loaded=loaded,
-                    on_step=self._advanced,
+                    on_step=stepped,
                 )
-
-        size = self._plan.stage("denoise").batch_size
 
         def begun() -> Begun:
             return begun_images(request.num_images, size, len(progress.finished), progress.step)
 
-        batches = -(-request.num_images // size)
-        self._climb("denoise", batches * request.num_inference_steps, attempt, begun)
+        left = (batches - len(progress.finished)) * steps - progress.step
+        self._climb("denoise", left, attempt, begun)
+        self._under_way = None
         return torch.cat(progress.finished)
 
     def _decode(self, request: Request, inputs: Inputs, packed: torch.Tensor) -> None:
@@ -199,6 +227,7 @@ class Executor:
                 self._outcome.vae_latents = latents.to("cpu")
                 if inputs.result == "pictures":
                     for index in range(len(pictures), len(latents)):
+                        self._interruption.check()
                         picture = decoder.decode(latents[index : index + 1])
                         if inputs.on_picture is not None:
                             inputs.on_picture(index, picture, self._plan)
@@ -246,6 +275,11 @@ class Executor:
         self._moments.append(time.perf_counter())
         self._observer.advanced()
 
+    def _stepped(self) -> None:
+        """The same, where what is done may stop."""
+        self._advanced()
+        self._interruption.check()
+
     @contextmanager
     def _measured(self, stage: Stage, total: int) -> Iterator[Callable[[], None]]:
         """Meter a stage and free what it leaves. Yields a function to call once it has loaded."""
@@ -254,14 +288,16 @@ class Executor:
         self._moments.clear()
         start = time.perf_counter()
         load_s = 0.0
+        steps = ExitStack()
 
         def loaded() -> None:
             nonlocal load_s
             synchronize(self._device)
             load_s = time.perf_counter() - start
+            steps.enter_context(self._interruption.steps())
 
         try:
-            with measure(self._device, self._plan.hardware.context_bytes) as taken:
+            with measure(self._device, self._plan.hardware.context_bytes) as taken, steps:
                 yield loaded
         finally:
             release_memory(self._device)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowmem_flux2.errors import DecodeFailed, LowMemFlux2Error
+from lowmem_flux2.errors import DecodeFailed, Interrupted, LowMemFlux2Error
 from lowmem_flux2.planning.detect import identify
 from lowmem_flux2.planning.ladder import Resource, next_format, next_rung
 from lowmem_flux2.planning.plan import Plan, Stage
@@ -19,6 +21,8 @@ from lowmem_flux2.runtime.device import torch_device
 from lowmem_flux2.runtime.executor import Executor
 from lowmem_flux2.runtime.images import OutputType, images_of
 from lowmem_flux2.runtime.inputs import Inputs
+from lowmem_flux2.runtime.interrupted_file import InterruptedRun, check_interrupted, interrupted_run
+from lowmem_flux2.runtime.interruption import Interruption
 from lowmem_flux2.runtime.latents_file import LatentImage, SavedLatents, check_latents, saved_latents
 from lowmem_flux2.runtime.observer import Observer
 from lowmem_flux2.runtime.pinning import Pinning
@@ -55,7 +59,8 @@ class GenerationJob:
         images: one for each picture.
         save_latents: where the denoised latents are saved before they are decoded.
         resumed: latents of an earlier run, which ``inputs`` and ``images`` are of; then the plan is to decode alone.
-        resumed_name: what to call them in messages.
+        interrupted: where an earlier run of the same request and plan stopped, which ``inputs`` are of.
+        resumed_name: what to call either in messages.
     """
 
     request: Request
@@ -65,6 +70,7 @@ class GenerationJob:
     output_type: OutputType
     save_latents: Path | None = None
     resumed: SavedLatents | None = None
+    interrupted: InterruptedRun | None = None
     resumed_name: str = ""
 
 
@@ -73,6 +79,7 @@ def carry_out(job: GenerationJob, source: ModelSource, running: Running, observe
 
     Raises:
         DecodeFailed: with the latents, which were done.
+        Interrupted: as ``job.inputs.interruption`` asked; with what was done, if denoising had begun.
         LowMemFlux2Error: whatever else went wrong.
     """
     assert source.folder is not None
@@ -87,6 +94,8 @@ def carry_out(job: GenerationJob, source: ModelSource, running: Running, observe
     if job.output_type == "latent":
         # The stock pipelines differ here: dev returns packed latents, klein denormalised and unpatchified ones.
         inputs = replace(inputs, result="packed_latents" if source.spec.form == "dev" else "vae_latents")
+    if job.interrupted is not None:
+        check_interrupted(job.interrupted, source, job.resumed_name)
     if job.resumed is None and running.prompt_cache_bytes:
         device = torch_device(running.device)
         cache = PromptCache.of(source, plan, device, running.cache, running.prompt_cache_bytes, event)
@@ -118,12 +127,17 @@ def carry_out(job: GenerationJob, source: ModelSource, running: Running, observe
         inputs = replace(inputs, on_latents=save)
     executor = Executor(plan, source.spec, source.folder, running.device, observer, weights, replan)
     try:
-        outcome = executor.run(job.request, inputs)
+        with _keeping_what_is_done(executor, inputs.interruption):
+            outcome = executor.run(job.request, inputs)
     except (LowMemFlux2Error, OSError) as error:
-        if executor.undecoded is None:
-            raise
-        done, packed = executor.undecoded
-        raise DecodeFailed(error, saved(packed, executor.plan).after(done), next(iter(written), None)) from error
+        if executor.undecoded is not None:
+            done, packed = executor.undecoded
+            raise DecodeFailed(error, saved(packed, executor.plan).after(done), next(iter(written), None)) from error
+        if isinstance(error, Interrupted) and executor.under_way is not None:
+            sigmas = None if inputs.sigmas is None else tuple(inputs.sigmas)
+            arguments = (source, job.request, executor.plan, job.images, executor.under_way, sigmas)
+            raise Interrupted(str(error), interrupted_run(*arguments)) from error
+        raise
     report = Report(
         executor.plan,
         tuple(outcome.measures),
@@ -136,3 +150,20 @@ def carry_out(job: GenerationJob, source: ModelSource, running: Running, observe
     )
     seeds = tuple(image.seed for image in job.images)
     return Generation(images_of(outcome, source.spec, job.output_type), seeds, report, next(iter(written), None))
+
+
+@contextmanager
+def _keeping_what_is_done(executor: Executor, interruption: Interruption | None) -> Iterator[None]:
+    """A KeyboardInterrupt between stages or while weights are loaded, or with denoised latents, loses none of them.
+
+    Only for a caller who asks for interruption; for another it is what it always is.
+
+    Raises:
+        Interrupted: in place of that KeyboardInterrupt.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if interruption is None or (interruption.is_asked and executor.undecoded is None):
+            raise
+        raise Interrupted("interrupted") from error

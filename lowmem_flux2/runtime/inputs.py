@@ -13,7 +13,8 @@ from lowmem_flux2.planning.batches import Batch, negatives_of, prompt_batches
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.workload import Request, guidance_passes
-from lowmem_flux2.runtime.denoise import Generators, StepCallback
+from lowmem_flux2.runtime.denoise import Generators, Progress, StepCallback
+from lowmem_flux2.runtime.interruption import Interruption
 
 OnPicture = Callable[[int, torch.Tensor, Plan], None]
 Wanted = Literal["pictures", "vae_latents", "packed_latents"]
@@ -40,6 +41,10 @@ class Inputs:
     """Told of each batch of prompts that the encoder made, with the plan that made it."""
     packed: torch.Tensor | None = None
     """Denoised latents (images, tokens, channels): nothing is left to do but to decode them."""
+    progress: Progress | None = None
+    """How far an earlier run of the same plan has denoised the same noise: goes on there."""
+    interruption: Interruption | None = None
+    """May ask to stop after a layer, step or picture."""
     on_latents: Callable[[torch.Tensor, Plan], None] | None = None
     """Told of the denoised latents, packed, before they are decoded."""
     on_picture: OnPicture | None = None

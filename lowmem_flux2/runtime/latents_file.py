@@ -61,6 +61,26 @@ class Origin:
     images: tuple[LatentImage, ...]
     versions: Mapping[str, str]
 
+    def to_json(self) -> str:
+        return json.dumps(asdict(self) | {"plan": self.plan.to_json()})
+
+    @staticmethod
+    def from_json(text: str, source: str) -> Origin:
+        """Read back what ``to_json`` wrote.
+
+        Raises:
+            ValueError, KeyError, TypeError, UsageError: it is not that.
+        """
+        raw: dict[str, Any] = json.loads(text)
+        return Origin(
+            model=str(raw["model"]),
+            revision=raw["revision"],
+            request=_REQUEST.validate_python(raw["request"]),
+            plan=Plan.from_json(raw["plan"], source),
+            images=_IMAGES.validate_python(raw["images"]),
+            versions=_VERSIONS.validate_python(raw["versions"]),
+        )
+
     def with_decode(self, plan: Plan) -> Plan:
         """The whole plan of the pictures: as the latents were made, and as they are decoded."""
         return replace(self.plan, stages=(*self.plan.stages[:2], plan.stage("decode")))
@@ -94,17 +114,22 @@ class SavedLatents:
 
     def save(self, path: Path) -> Path:
         """Write the file whole, never over another; returns the name that was free."""
-        origin = json.dumps(asdict(self.origin) | {"plan": self.origin.plan.to_json()})
         tensors = {"latents": self.latents.contiguous(), "statistics": self.statistics}
 
         def write(file: BinaryIO) -> None:
-            write_checked(file, tensors, {"format": FORMAT, "origin": origin})
+            write_checked(file, tensors, {"format": FORMAT, "origin": self.origin.to_json()})
 
         return write_new(path, write)
 
 
 _REQUEST, _IMAGES = TypeAdapter(Request), TypeAdapter(tuple[LatentImage, ...])
 _VERSIONS = TypeAdapter(dict[str, str])
+
+
+def origin_of(source: ModelSource, request: Request, plan: Plan, images: tuple[LatentImage, ...]) -> Origin:
+    """Of latents that this version makes now."""
+    model = str(source.folder.resolve()) if source.kind == "local" and source.folder else source.spec.source
+    return Origin(model, source.revision, request, plan, images, versions())
 
 
 def saved_latents(
@@ -116,8 +141,7 @@ def saved_latents(
     weights: Weights,
 ) -> SavedLatents:
     """The latents of a run whose plan was carried out up to decoding."""
-    model = str(source.folder.resolve()) if source.kind == "local" and source.folder else source.spec.source
-    origin = Origin(model, source.revision, request, plan, images, versions())
+    origin = origin_of(source, request, plan, images)
     return SavedLatents(packed, vae_statistics(weights, source.spec.transformer.in_channels), origin)
 
 
@@ -128,24 +152,34 @@ def read_latents(path: Path) -> SavedLatents:
         UsageError: no such file, or not readable.
         CheckpointBroken: truncated, damaged, or not a latents file of this version.
     """
+    return latents_of(path, *read_saved_tensors(path))
+
+
+def read_saved_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and texts of a file of latents.
+
+    Raises:
+        UsageError: no such file, or not readable.
+        CheckpointBroken: truncated, damaged, or no such file.
+    """
     try:
-        tensors, texts = read_checked(path)
+        return read_checked(path)
     except OSError as error:
         raise UsageError(f"{path}: cannot read the latents: {error.strerror or error}") from None
     except Damaged as error:
         raise CheckpointBroken(f"{path} is no latents file, or not whole: {error}") from error
+
+
+def latents_of(path: Path, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> SavedLatents:
+    """What ``SavedLatents.save`` wrote.
+
+    Raises:
+        CheckpointBroken: it is something else.
+    """
     if texts.get("format") != FORMAT:
         raise CheckpointBroken(f"{path} is not a latents file that this version wrote")
     try:
-        raw: dict[str, Any] = json.loads(texts["origin"])
-        origin = Origin(
-            model=str(raw["model"]),
-            revision=raw["revision"],
-            request=_REQUEST.validate_python(raw["request"]),
-            plan=Plan.from_json(raw["plan"], str(path)),
-            images=_IMAGES.validate_python(raw["images"]),
-            versions=_VERSIONS.validate_python(raw["versions"]),
-        )
+        origin = Origin.from_json(texts["origin"], str(path))
         saved = SavedLatents(tensors["latents"], tensors["statistics"], origin)
     except (ValueError, KeyError, TypeError, UsageError) as error:  # pydantic's errors are ValueErrors
         raise CheckpointBroken(f"{path} is not a latents file that this version wrote: {error}") from error

@@ -1,0 +1,166 @@
+"""A run that was stopped while denoising, in a file: all that it needs to go on at the next step, bit for bit.
+
+A safetensors file with the noise, the embeddings, what is denoised and what is under way; its metadata says after which
+step, with which sigmas, by which weights, and all that the pictures will say of themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from lowmem_flux2.errors import CheckpointBroken, UsageError
+from lowmem_flux2.planning.plan import STAGES, Plan
+from lowmem_flux2.planning.sources import ModelSource
+from lowmem_flux2.planning.workload import Request
+from lowmem_flux2.runtime.checked import write_checked
+from lowmem_flux2.runtime.denoise import Progress
+from lowmem_flux2.runtime.executor import UnderWay
+from lowmem_flux2.runtime.inputs import Inputs
+from lowmem_flux2.runtime.latents_file import (
+    LatentImage,
+    Origin,
+    SavedLatents,
+    latents_of,
+    origin_of,
+    read_saved_tensors,
+)
+from lowmem_flux2.runtime.newfile import write_new
+from lowmem_flux2.runtime.store import entry_of
+
+FORMAT = "lowmem-flux2 interrupted 1"
+SUFFIX = ".interrupted.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class InterruptedRun:
+    """Where denoising stopped.
+
+    Args:
+        noise: (images, channels, height, width), of all images.
+        prompt_embeds, negative_prompt_embeds: (prompts, tokens, joint_dim).
+        finished: (images, tokens, channels), packed, of the batches that are done; None where none is.
+        under_way: the same of the batch under way after ``step`` steps; None where the next has not begun.
+        sigmas: the caller's schedule; None for the pipeline's own.
+        weights: which transformer it was; see ``weights_of``.
+    """
+
+    noise: torch.Tensor
+    prompt_embeds: torch.Tensor
+    negative_prompt_embeds: torch.Tensor | None
+    finished: torch.Tensor | None
+    under_way: torch.Tensor | None
+    step: int
+    sigmas: tuple[float, ...] | None
+    weights: str
+    origin: Origin
+
+    @property
+    def inputs(self) -> Inputs:
+        """What makes a run of the same request and plan go on here."""
+        size = self.origin.plan.stage("denoise").batch_size
+        done = [] if self.finished is None else list(self.finished.split(size))
+        return Inputs(
+            latents=self.noise,
+            prompt_embeds=self.prompt_embeds,
+            negative_prompt_embeds=self.negative_prompt_embeds,
+            sigmas=self.sigmas,
+            progress=Progress(done, self.under_way, self.step),
+        )
+
+    def save(self, path: Path) -> Path:
+        """Write the file whole, never over another; returns the name that was free."""
+        given = {name: getattr(self, name) for name in _TENSORS}
+        tensors = {name: tensor.contiguous() for name, tensor in given.items() if tensor is not None}
+        progress = json.dumps({"step": self.step, "sigmas": self.sigmas, "weights": self.weights})
+
+        def write(file: BinaryIO) -> None:
+            write_checked(file, tensors, {"format": FORMAT, "origin": self.origin.to_json(), "progress": progress})
+
+        return write_new(path, write)
+
+
+_TENSORS = ("noise", "prompt_embeds", "negative_prompt_embeds", "finished", "under_way")
+
+
+def weights_of(source: ModelSource, plan: Plan) -> str:
+    """A fingerprint of the transformer that a plan denoises with."""
+    assert source.folder is not None
+    stage = plan.stage("denoise")
+    return entry_of(source.folder, "transformer", stage.weight_format, stage.compute_dtype).name
+
+
+def interrupted_run(
+    source: ModelSource,
+    request: Request,
+    plan: Plan,
+    images: tuple[LatentImage, ...],
+    done: UnderWay,
+    sigmas: tuple[float, ...] | None,
+) -> InterruptedRun:
+    """What to keep of a run whose plan was being carried out."""
+    progress, repeats = done.progress, request.num_images_per_prompt
+    return InterruptedRun(
+        noise=done.noise,
+        prompt_embeds=done.embeds[::repeats],
+        negative_prompt_embeds=None if done.negative is None else done.negative[::repeats],
+        finished=torch.cat(progress.finished) if progress.finished else None,
+        under_way=None if progress.latents is None else progress.latents.to("cpu"),
+        step=progress.step,
+        sigmas=sigmas,
+        weights=weights_of(source, plan),
+        origin=origin_of(source, request, plan, images),
+    )
+
+
+def read_saved(path: Path) -> SavedLatents | InterruptedRun:
+    """Read a file of latents, denoised or on their way.
+
+    Raises:
+        UsageError: no such file, or not readable.
+        CheckpointBroken: truncated, damaged, or not a latents file of this version.
+    """
+    tensors, texts = read_saved_tensors(path)
+    if texts.get("format") != FORMAT:
+        return latents_of(path, tensors, texts)
+    try:
+        origin, progress = Origin.from_json(texts["origin"], str(path)), json.loads(texts["progress"])
+        sigmas = progress["sigmas"]
+        run = InterruptedRun(
+            tensors["noise"],
+            tensors["prompt_embeds"],
+            tensors.get("negative_prompt_embeds"),
+            tensors.get("finished"),
+            tensors.get("under_way"),
+            int(progress["step"]),
+            None if sigmas is None else tuple(float(sigma) for sigma in sigmas),
+            str(progress["weights"]),
+            origin,
+        )
+    except (ValueError, KeyError, TypeError, UsageError) as error:
+        raise CheckpointBroken(f"{path} is not an interrupted run that this version wrote: {error}") from error
+    whole = tuple(stage.stage for stage in origin.plan.stages) == STAGES
+    if not whole or len(run.noise) != origin.request.num_images or run.step > origin.request.num_inference_steps:
+        raise CheckpointBroken(f"{path}: its latents and what it says of them do not belong together")
+    return run
+
+
+def check_interrupted(run: InterruptedRun, source: ModelSource, name: str) -> None:
+    """Compare with the model that is to go on.
+
+    Args:
+        name: what to call the run.
+
+    Raises:
+        UsageError: another transformer.
+    """
+    here = weights_of(source, run.origin.plan)
+    if here != run.weights:
+        raise UsageError(
+            f"{name}: begun by {run.origin.plan.model} with weights {run.weights}, here {source.name} with {here}: "
+            "give the model that began it with -m, or begin anew"
+        )
