@@ -43,17 +43,31 @@ def after(flags: RequestFlags, plan: Plan) -> RequestFlags:
 
 
 def resolve(
-    flags: RequestFlags, fit: FitFlags, selection: Selection, prompts: tuple[str, ...], *, without_prompt: str = ""
+    flags: RequestFlags,
+    fit: FitFlags,
+    selection: Selection,
+    prompts: tuple[str, ...],
+    *,
+    without_prompt: str = "",
+    cache: Path | None = None,
 ) -> Asked:
     """Resolve model, request and machine.
 
     Args:
+        cache: the cache folder as it was given.
         without_prompt: stands for a prompt where only the size of the work matters.
     """
     if flags.image:
         raise UsageError("--image: reference images are not in this version; leave the flag out")
     model = flags.model or EMBEDDED
-    source = resolve_model(model, revision=flags.revision, offline=flags.offline)
+    source = resolve_model(
+        model,
+        revision=flags.revision,
+        offline=flags.offline,
+        text_encoder=flags.text_encoder,
+        vae=flags.vae,
+        cache=cache,
+    )
     request = make_request(
         source.spec,
         prompts or ((without_prompt,) if without_prompt else ()),

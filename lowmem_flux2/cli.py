@@ -109,10 +109,10 @@ def generate(
     if plan is not None:
         replayed = read_plan(plan)
         check_nothing_is_chosen(selection)
-        asked = resolve(after(flags, replayed), fit, selection, prompts)
+        asked = resolve(after(flags, replayed), fit, selection, prompts, cache=cache_dir)
         made = replay(replayed, asked.source, asked.machine, asked.request, plan, selection)
     else:
-        asked = resolve(flags, fit, selection, prompts)
+        asked = resolve(flags, fit, selection, prompts, cache=cache_dir)
         prepared = preparing.prepared_of(asked.source, preparing.cache_of(cache_dir))
         made = plan_job(asked.source, asked.machine, asked.request, selection, running=True, prepared=prepared)
     seeds = image_seeds(seed, asked.request.num_images)
@@ -176,7 +176,7 @@ def plan(
     from lowmem_flux2 import preparing
 
     prompts = read_prompts(flags.prompt, flags.prompt_file)
-    asked = resolve(flags, fit, selection_of(fit), prompts, without_prompt="(no prompt)")
+    asked = resolve(flags, fit, selection_of(fit), prompts, without_prompt="(no prompt)", cache=cache_dir)
     prepared = preparing.prepared_of(asked.source, preparing.cache_of(cache_dir))
     made = plan_job(asked.source, asked.machine, asked.request, asked.selection, prepared=prepared)
     from lowmem_flux2.planning.alternatives import alternatives_of, shown
@@ -197,6 +197,8 @@ def plan(
 @app.command()
 def prepare(
     model: opt.Model = None,
+    text_encoder: opt.TextEncoder = None,
+    vae: opt.Vae = None,
     weight_format: Annotated[
         str, typer.Option("--weight-format", help="int8, fp8, nf4 (needs bitsandbytes) or int4.")
     ] = "int8",
@@ -232,7 +234,9 @@ def prepare(
         preparing.remove(cache, remove)
         out.print(f"removed {remove}", soft_wrap=True)
     else:
-        source = resolve_model(model or EMBEDDED, revision=revision, offline=offline)
+        source = resolve_model(
+            model or EMBEDDED, revision=revision, offline=offline, text_encoder=text_encoder, vae=vae, cache=cache_dir
+        )
         machine = resolve_machine("auto", device)
         with _interruptible():
             preparing.prepare_all(source, machine, weight_format, component.components, dtype, cache, offline, out, err)

@@ -17,6 +17,8 @@ class RequestFlags:
     prompt: opt.Prompts = None
     prompt_file: opt.PromptFile = None
     model: opt.Model = None
+    text_encoder: opt.TextEncoder = None
+    vae: opt.Vae = None
     width: opt.Width = None
     height: opt.Height = None
     steps: opt.Steps = None

@@ -45,9 +45,20 @@ Model = Annotated[
         "-m",
         "--model",
         help="shapes (embedded, the default), flux2-dev, flux2-klein-4b, flux2-klein-9b, flux2-klein-base-4b, "
-        "flux2-klein-base-9b, a diffusers folder, or a hub id.",
+        "flux2-klein-base-9b, a diffusers folder, a single file (safetensors or GGUF), or a hub id.",
         rich_help_panel=ASK,
     ),
+]
+TextEncoder = Annotated[
+    str | None,
+    typer.Option(
+        help="For a model that is a single file: a folder, name or hub id with its text encoder. Default: the released "
+        "model of the file's shape.",
+        rich_help_panel=ASK,
+    ),
+]
+Vae = Annotated[
+    str | None, typer.Option(help="The same for its VAE. Default: as the text encoder.", rich_help_panel=ASK)
 ]
 Width = Annotated[
     int | None,

@@ -8,8 +8,7 @@ place of every tensor, and whether the file is whole: most checkpoint trouble is
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,7 +16,6 @@ from types import MappingProxyType
 from typing import Any, Final, NoReturn
 
 from lowmem_flux2.errors import CheckpointBroken, CheckpointMissing
-from lowmem_flux2.planning.models import StoredDtype
 from lowmem_flux2.units import format_bytes
 
 _LENGTH_BYTES: Final = 8
@@ -31,14 +29,13 @@ _DTYPE_BITS: Final[Mapping[str, int]] = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
-_STORED_DTYPES: Final[Mapping[str, StoredDtype]] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
-_STEMS: Final = ("diffusion_pytorch_model", "model")
 _REDOWNLOAD: Final = "download it again"
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor: dtype as safetensors spells it (``BF16``), shape, and its bytes [begin, end) of the data part."""
+    """One tensor: dtype as safetensors or GGUF spells it (``BF16``, ``Q4_K``), shape, and its bytes [begin, end) of the
+    data part."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -57,8 +54,8 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class SafetensorsHeader:
-    """What one file holds. A tensor's first byte is at ``data_begin + tensor.begin`` of the file."""
+class FileHeader:
+    """What one file holds, safetensors or GGUF. A tensor's first byte is at ``data_begin + tensor.begin`` of it."""
 
     path: Path
     file_bytes: int
@@ -66,39 +63,7 @@ class SafetensorsHeader:
     tensors: Mapping[str, TensorInfo]
 
 
-@dataclass(frozen=True, slots=True)
-class ComponentWeights:
-    """All files of one component (transformer, text_encoder or vae).
-
-    Attributes:
-        headers: one per shard.
-        num_weights: floating-point values (counters and packed integers are not weights).
-        tensor_bytes: bytes of all tensors.
-        dtype: the dtype that holds most bytes, as safetensors spells it.
-    """
-
-    folder: Path
-    headers: tuple[SafetensorsHeader, ...]
-    num_weights: int
-    tensor_bytes: int
-    dtype: str
-
-    @property
-    def stored_dtype(self) -> StoredDtype:
-        """The majority dtype as a `ModelSpec` names it.
-
-        Raises:
-            CheckpointBroken: the weights are stored in none of bf16, fp16 and fp32.
-        """
-        if self.dtype not in _STORED_DTYPES:
-            raise CheckpointBroken(
-                f"{self.folder}: most of its weights are stored as {self.dtype}: already quantized, it seems. "
-                "This version reads bf16, fp16 and fp32 checkpoints and quantizes them itself"
-            )
-        return _STORED_DTYPES[self.dtype]
-
-
-def read_header(path: Path) -> SafetensorsHeader:
+def read_header(path: Path) -> FileHeader:
     """Read and check the header of one safetensors file.
 
     Raises:
@@ -127,125 +92,7 @@ def read_header(path: Path) -> SafetensorsHeader:
         raise CheckpointBroken(f"{path} cannot be read: {error}") from error
     tensors = _parse(path, text)
     _check_layout(path, tensors, file_bytes - data_begin, file_bytes, data_begin)
-    return SafetensorsHeader(path, file_bytes, data_begin, MappingProxyType(tensors))
-
-
-def every_tensor(name: str) -> bool:
-    """All of a component's tensors are needed."""
-    return True
-
-
-def no_tensor(name: str) -> bool:
-    """None has to be there: for readers that complain of a missing tensor when they are asked for it."""
-    return False
-
-
-def component_headers(folder: Path, needs: Callable[[str], bool] = every_tensor) -> tuple[SafetensorsHeader, ...]:
-    """Read the headers of a component folder's weight files: a single file, or the shards of its index that are there.
-
-    Args:
-        needs: the tensors that must be there, by name: of a text encoder not all layers are used, and shards without a
-            needed tensor may be missing.
-
-    Raises:
-        CheckpointMissing: no folder, no weights in it, or a shard that the index names is not there.
-        CheckpointBroken: a file or the index is broken, or a shard lacks a tensor that the index puts there.
-    """
-    if not folder.is_dir():
-        raise CheckpointMissing(f"{folder} does not exist: this component has no weights here")
-    weights, is_index = _weight_file(folder)
-    if not is_index:
-        return (read_header(weights),)
-    places = read_index(weights)
-    needed = {shard for tensor, shard in places.items() if needs(tensor)}
-    shards = sorted(shard for shard in set(places.values()) if shard in needed or (folder / shard).is_file())
-    absent = [shard for shard in shards if not (folder / shard).is_file()]
-    if absent:
-        raise CheckpointMissing(
-            f"{folder}: {len(absent)} of {len(needed)} shards are missing: {', '.join(absent)}; finish the download"
-        )
-    headers = {shard: read_header(folder / shard) for shard in shards}
-    for tensor, shard in places.items():
-        if shard in headers and tensor not in headers[shard].tensors:
-            raise CheckpointBroken(
-                f"{folder / shard} lacks the tensor {tensor!r} that {weights.name} puts there: "
-                "index and shards are of different downloads"
-            )
-    return tuple(headers[shard] for shard in shards)
-
-
-def check_component(
-    folder: Path, accepted_weights: Collection[int] = (), needs: Callable[[str], bool] = every_tensor
-) -> ComponentWeights:
-    """Sum up the needed tensors of a component and compare their number of weights with what its config implies.
-
-    Args:
-        folder: for example ``model/transformer``.
-        accepted_weights: counts that are right; empty for no comparison.
-        needs: the tensors that are counted, and must be there, by name.
-
-    Raises:
-        CheckpointMissing, CheckpointBroken: as `component_headers`, or the count is none of the accepted ones.
-    """
-    headers = component_headers(folder, needs)
-    held = [tensor for header in headers for name, tensor in header.tensors.items() if needs(name)]
-    if not held:
-        raise CheckpointBroken(f"{folder}: its safetensors files hold no tensors that are needed")
-    num_weights = sum(tensor.num_values for tensor in held if "F" in tensor.dtype)
-    dtype = _majority(held)
-    if accepted_weights and num_weights not in accepted_weights:
-        wanted = " or ".join(str(count) for count in sorted(accepted_weights))
-        raise CheckpointBroken(
-            f"{folder}: the files hold {num_weights} weights (mostly {dtype}), the config implies {wanted}: "
-            "config and weights are of different models, or the weights are quantized"
-        )
-    return ComponentWeights(folder, headers, num_weights, sum(tensor.num_bytes for tensor in held), dtype)
-
-
-def _majority(held: Iterable[TensorInfo]) -> str:
-    bytes_of: Counter[str] = Counter()
-    for tensor in held:
-        bytes_of[tensor.dtype] += tensor.num_bytes
-    return bytes_of.most_common(1)[0][0]
-
-
-def _weight_file(folder: Path) -> tuple[Path, bool]:
-    """The single weight file of a folder, or its shard index (and True)."""
-    for stem in _STEMS:
-        if (index := folder / f"{stem}.safetensors.index.json").is_file():
-            return index, True
-        if (single := folder / f"{stem}.safetensors").is_file():
-            return single, False
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    singles = sorted(folder.glob("*.safetensors"))
-    if len(indexes) == 1:
-        return indexes[0], True
-    if len(singles) == 1 and not indexes:
-        return singles[0], False
-    if indexes or singles:
-        names = ", ".join(path.name for path in indexes or singles)
-        raise CheckpointBroken(f"{folder}: cannot tell which files to use without an index: {names}")
-    if any(folder.glob("*.bin")):
-        raise CheckpointBroken(f"{folder}: it has pickle weights (.bin) only; this engine reads safetensors")
-    raise CheckpointMissing(f"{folder} has no .safetensors weights")
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """Which shard beside an index file holds which tensor.
-
-    Raises:
-        CheckpointBroken: not an index, or it names files elsewhere.
-    """
-    try:
-        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointBroken(f"{path} is not a shard index with a weight_map: {error!r}") from error
-    if not isinstance(places, dict) or not places:
-        raise CheckpointBroken(f"{path}: its weight_map is empty or not an object")
-    for shard in places.values():
-        if not isinstance(shard, str) or shard != Path(shard).name:
-            raise CheckpointBroken(f"{path}: {shard!r} in its weight_map is not the name of a file beside it")
-    return places
+    return FileHeader(path, file_bytes, data_begin, MappingProxyType(tensors))
 
 
 def _refuse_other_format(path: Path, start: bytes, file_bytes: int, header_bytes: int) -> NoReturn:
@@ -263,7 +110,7 @@ def _refuse_other_format(path: Path, start: bytes, file_bytes: int, header_bytes
     elif start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
         found = "is a pickle (a torch .bin or .pt file), not safetensors: convert it, or take the safetensors release"
     elif start.startswith(b"GGUF"):
-        found = "is a GGUF file, not safetensors: this version does not read those"
+        found = "is a GGUF file, not safetensors"
     elif header_bytes > _LARGEST_HEADER_BYTES:
         found = (
             f"is not safetensors: it claims a header of {header_bytes} bytes "

@@ -1,4 +1,4 @@
-"""Where a MODEL argument points: an alias, a local diffusers folder, or a hub id.
+"""Where a MODEL argument points: an alias, a local diffusers folder, a single file, or a hub id.
 
 Aliases are planned from configs that ship with the package, so that ``lowmem-flux2 plan -m flux2-dev`` needs neither a
 download nor a licence. A hub id that is not in the local cache costs the download of its config files, a few KiB;
@@ -12,15 +12,15 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
-from lowmem_flux2.errors import CheckpointAccess, CheckpointBroken, CheckpointError, CheckpointMissing
+from lowmem_flux2.errors import CheckpointAccess, CheckpointBroken, CheckpointError, CheckpointMissing, UsageError
 from lowmem_flux2.planning.configs import CONFIG_FILES, OWN_CONFIG_FILE, read_configs, spec_from_configs
-from lowmem_flux2.planning.headers import ComponentWeights, check_component
-from lowmem_flux2.planning.models import Component, ModelSpec
+from lowmem_flux2.planning.models import Component, ModelSpec, StoredDtype
+from lowmem_flux2.planning.weight_files import ComponentWeights, check_component
 
 SourceKind = Literal["embedded", "local", "hub"]
 
@@ -60,6 +60,30 @@ _LOCAL_HINT: Final = "give a folder that holds the model instead: -m /path/to/mo
 
 
 @dataclass(frozen=True, slots=True)
+class Missing:
+    """A part of a single-file model that is still to be fetched from the hub."""
+
+    repo_id: str
+    component: Component
+
+
+@dataclass(frozen=True, slots=True)
+class SingleFile:
+    """A transformer's file and what goes with it: arguments that resolve to the same model again.
+
+    Attributes:
+        cache: our own cache folder as it was given.
+        missing: parts without which it can be planned, and not run.
+    """
+
+    file: Path
+    text_encoder: str
+    vae: str
+    cache: Path | None
+    missing: tuple[Missing, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSource:
     """A resolved MODEL argument.
 
@@ -72,6 +96,7 @@ class ModelSource:
         revision: hub revision asked for; None is the default branch.
         spec: built from the configs in ``folder``, or from the shipped or downloaded ones.
         configs: folder where those configs are.
+        single: of a single file; ``folder`` is then one of links to it and its parts.
     """
 
     name: str
@@ -81,25 +106,44 @@ class ModelSource:
     revision: str | None
     spec: ModelSpec
     configs: Path
+    single: SingleFile | None = None
 
 
 def resolve_model(
-    model: str, *, cache_dir: Path | None = None, revision: str | None = None, offline: bool = False
+    model: str,
+    *,
+    cache_dir: Path | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    text_encoder: str | None = None,
+    vae: str | None = None,
+    cache: Path | None = None,
 ) -> ModelSource:
     """Find a model and build its spec; reads configs and safetensors headers only.
 
     Args:
-        model: a name of `MODEL_NAMES`, a local folder, or ``owner/name`` on the hub. A folder that has an alias's name
-            is meant only when written as a path (``./flux2-dev``).
+        model: a name of `MODEL_NAMES`, a local folder, a file with a transformer, or ``owner/name`` on the hub. A
+            folder that has an alias's name is meant only when written as a path (``./flux2-dev``).
         cache_dir: the *hub's* cache folder; None is huggingface_hub's own default.
         revision: branch, tag or commit on the hub.
         offline: never touch the network (also when HF_HUB_OFFLINE is set).
+        text_encoder, vae: for a single file: a folder, a name of `MODEL_NAMES` or a hub id that has them; None takes
+            those of the released model of the file's shape.
+        cache: our own cache folder, where a single file and its parts are linked into one folder.
 
     Raises:
+        UsageError: parts for a model that has its own.
         CheckpointMissing: no such name, folder or repository, or not in the cache while offline.
         CheckpointAccess: the repository is gated and this user has no access (yet).
         CheckpointBroken: configs or weight files are unusable or do not belong together.
     """
+    name, path = _SYNONYMS.get(model, model), Path(model).expanduser()
+    if name not in MODEL_NAMES and path.is_file():
+        from lowmem_flux2.planning.single_file import resolve_file  # it stands above this module
+
+        return resolve_file(path, text_encoder, vae, cache=cache, hub_cache=cache_dir, offline=offline)
+    if text_encoder is not None or vae is not None:
+        raise UsageError(f"--text-encoder and --vae go with a model that is a single file; {model} has its own")
     if model == EMBEDDED:
         folder = ASSETS / EMBEDDED
         if not folder.is_dir():
@@ -107,21 +151,14 @@ def resolve_model(
                 f"the embedded model {EMBEDDED!r} is not in this installation: reinstall lowmem-flux2"
             )
         return _from_folder(folder, EMBEDDED, "embedded", EMBEDDED)
-    name = _SYNONYMS.get(model, model)
     if name in _ALIASES:
         return _from_alias(name, cache_dir, revision)
-    path = Path(model).expanduser()
     if path.is_dir():
         return _from_folder(path, path.resolve().name, "local", model)
-    if path.is_file():
-        raise CheckpointMissing(
-            f"{model} is a single file: this version reads diffusers folders (with a model_index.json); single-file "
-            "checkpoints come later"
-        )
     if _HUB_ID.fullmatch(model) and model.count("/") == 1:
         return _from_hub(model, cache_dir, revision, offline)
     if model.startswith((".", "/", "~")) or "/" in model or "\\" in model:
-        raise CheckpointMissing(f"there is no folder {model}")
+        raise CheckpointMissing(f"there is no folder or file {model}")
     nearest = difflib.get_close_matches(model.lower(), (*MODEL_NAMES, *_SYNONYMS), n=3, cutoff=0.5)
     meant = f"did you mean {' or '.join(nearest)}?" if nearest else f"known are {', '.join(MODEL_NAMES)}."
     raise CheckpointMissing(f"there is no model {model!r}: {meant} Or give a local folder, or a hub id (owner/name)")
@@ -131,7 +168,7 @@ def check_weights(folder: Path, spec: ModelSpec) -> dict[Component, ComponentWei
     """Check the headers of every component's needed weights against the spec.
 
     Raises:
-        CheckpointMissing, CheckpointBroken: see `planning.headers.check_component`.
+        CheckpointMissing, CheckpointBroken: see `planning.weight_files.check_component`.
     """
     return {
         part: check_component(folder / part, spec.stored_weights(part), partial(spec.needs, part))
@@ -139,13 +176,13 @@ def check_weights(folder: Path, spec: ModelSpec) -> dict[Component, ComponentWei
     }
 
 
-def check_tokenizer(folder: Path, source: str) -> None:
-    """Check that the tokenizer's files are there and hold JSON.
+def check_tokenizer(folder: Path, source: str, name: str = "tokenizer") -> None:
+    """Check that the files of the tokenizer of that name in a folder are there and hold JSON.
 
     Raises:
         CheckpointMissing, CheckpointBroken: names the file.
     """
-    for file in TOKENIZER_FILES:
+    for file in (expected.replace("tokenizer/", f"{name}/", 1) for expected in TOKENIZER_FILES):
         path = folder / file
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
@@ -187,21 +224,45 @@ def hub_client(offline: bool) -> Iterator[bool]:
 
 def _from_folder(folder: Path, name: str, kind: SourceKind, source: str) -> ModelSource:
     if not (folder / CONFIG_FILES["model_index"]).is_file():
-        single = next(iter(sorted(folder.glob("*.safetensors"))), None)
-        hint = f"; it has {single.name}, but single-file checkpoints come later" if single else ""
+        single = next(iter(sorted((*folder.glob("*.safetensors"), *folder.glob("*.gguf")))), None)
+        hint = f"; if {single.name} in it is the model, give that file: -m {single}" if single else ""
         raise CheckpointMissing(f"{source} is not a diffusers folder: it has no model_index.json{hint}")
     spec = spec_from_configs(name, source, read_configs(folder, source))
     # A folder without a single weight file is a model to plan for; one with some of them is a download gone wrong.
     if not any(next((folder / part).glob("*.safetensors*"), None) for part in get_args(Component)):
         return ModelSource(name, kind, None, None, None, spec, folder)
-    return ModelSource(name, kind, folder, None, None, _with_stored_dtype(folder, name, source, spec), folder)
+    spec = replace(spec, stored_dtype=check_folder(folder, spec, source))
+    return ModelSource(name, kind, folder, None, None, spec, folder)
 
 
-def _with_stored_dtype(folder: Path, name: str, source: str, spec: ModelSpec) -> ModelSpec:
-    """The spec of a folder that is complete, with its weights' own dtype."""
+def check_folder(folder: Path, spec: ModelSpec, source: str) -> StoredDtype:
+    """Check that a folder has all that a run of this model needs; its transformer's own dtype.
+
+    Raises:
+        CheckpointMissing, CheckpointBroken: names the file.
+    """
     check_tokenizer(folder, source)
-    stored = check_weights(folder, spec)["transformer"].stored_dtype
-    return spec_from_configs(name, source, read_configs(folder, source), stored_dtype=stored)
+    return check_weights(folder, spec)["transformer"].stored_dtype
+
+
+def hub_configs(
+    model: str, cache_dir: Path | None, offline: bool
+) -> tuple[str, dict[str, Mapping[str, Any]], Path | None] | None:
+    """Repository, configs and cached snapshot of an alias or a hub id; None where it is neither.
+
+    Raises:
+        CheckpointMissing, CheckpointAccess, CheckpointBroken: see `resolve_model`.
+    """
+    name = _SYNONYMS.get(model, model)
+    if name in _ALIASES:
+        repo_id = _ALIASES[name].repo_id
+        return repo_id, shipped_configs(name), _snapshot(repo_id, cache_dir, None)
+    if not (_HUB_ID.fullmatch(model) and model.count("/") == 1):
+        return None
+    snapshot = _snapshot(model, cache_dir, None)
+    if snapshot is None or not all((snapshot / file).is_file() for file in CONFIG_FILES.values()):
+        snapshot = _download_configs(model, cache_dir, None, offline)
+    return model, read_configs(snapshot, model), snapshot
 
 
 def _from_alias(name: str, cache_dir: Path | None, revision: str | None) -> ModelSource:
@@ -228,7 +289,7 @@ def _from_snapshot(snapshot: Path, name: str, repo_id: str, revision: str | None
     """A cached snapshot as a source if it is complete; half a snapshot is no error: the runtime fetches the rest."""
     try:
         spec = spec_from_configs(name, repo_id, read_configs(snapshot, repo_id))
-        spec = _with_stored_dtype(snapshot, name, repo_id, spec)
+        spec = replace(spec, stored_dtype=check_folder(snapshot, spec, repo_id))
     except CheckpointMissing:
         return None
     return ModelSource(name, "hub", snapshot, repo_id, revision, spec, snapshot)

@@ -1,5 +1,5 @@
-"""Source checkpoints: each tensor read from its safetensors file straight to where it is used, never through a copy of
-the whole component.
+"""Source checkpoints: each tensor read from its safetensors or GGUF file straight to where it is used, never through a
+copy of the whole component.
 
 ``pread`` instead of mmap: the pages do not count as ours, a read releases the GIL, and the destination's alignment is
 ours to choose (safetensors data starts at 24 mod 64 bytes, where Linear kernels round differently).
@@ -15,22 +15,15 @@ from typing import Protocol
 import torch
 
 from lowmem_flux2.errors import CheckpointBroken
-from lowmem_flux2.planning.headers import SafetensorsHeader, TensorInfo, component_headers, no_tensor
+from lowmem_flux2.planning.stored import Place, StoredTensor, model_view
+from lowmem_flux2.planning.weight_files import component_headers, no_tensor
+from lowmem_flux2.runtime.decoding import TORCH_DTYPES, check_decodable, decoded_rows
 from lowmem_flux2.runtime.rawfile import RawFile
 
-_TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "BOOL": torch.bool,
-}
 CONVERT_BYTES = 16 << 20
 """Values are converted to another dtype in pieces of this size, so that a large tensor needs no second copy."""
+DECODE_BYTES = 4 << 20
+"""Quantized values are decoded so much fp32 at a time: decoding holds a few times that."""
 
 
 class Tensors(Protocol):
@@ -55,12 +48,13 @@ class TensorFile:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._places: dict[str, tuple[SafetensorsHeader, TensorInfo]] = {}
         self._files: dict[Path, RawFile] = {}
         try:
-            for header in component_headers(folder, no_tensor):
-                for name, info in header.tensors.items():
-                    self._places[name] = (header, info)
+            headers = component_headers(folder, no_tensor)
+            self._tensors = model_view(headers)
+            for tensor in self._tensors.values():
+                check_decodable(tensor)
+            for header in headers:
                 self._files[header.path] = RawFile(header.path)
         except BaseException:
             self.close()
@@ -79,14 +73,14 @@ class TensorFile:
             self._files.popitem()[1].close()
 
     def names(self) -> Iterable[str]:
-        return self._places.keys()
+        return self._tensors.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._info(name).shape
+        return self._tensor(name).shape
 
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Raises CheckpointBroken where there is no such tensor, or of another shape."""
-        stored = self._info(name).shape
+        stored = self._tensor(name).shape
         if stored != shape:
             raise CheckpointBroken(
                 f"{self.folder}: tensor {name!r} has shape {list(stored)}, the config implies {list(shape)}"
@@ -113,7 +107,7 @@ class TensorFile:
         Raises:
             CheckpointBroken: no such tensor, not a matrix, a row it does not have, or the file ends early.
         """
-        info = self._info(name)
+        info = self._tensor(name)
         if len(info.shape) != 2:
             raise CheckpointBroken(f"{self.folder}: tensor {name!r} has shape {list(info.shape)}, not rows and columns")
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < info.shape[0]:
@@ -127,18 +121,43 @@ class TensorFile:
             self._read_values(name, row * columns, gathered[at])
         return gathered
 
-    def _info(self, name: str) -> TensorInfo:
-        if name not in self._places:
+    def _tensor(self, name: str) -> StoredTensor:
+        if name not in self._tensors:
             raise CheckpointBroken(f"{self.folder}: the weights lack the tensor {name!r} that the config implies")
-        return self._places[name][1]
+        return self._tensors[name]
+
+    def _opened(self, place: Place) -> RawFile:
+        return self._files[place.header.path]
 
     def _read_values(self, name: str, first: int, destination: torch.Tensor, direct: bool = False) -> None:
-        header, info = self._places[name]
-        stored = _TORCH_DTYPES.get(info.dtype)
-        if stored is None:
-            raise CheckpointBroken(f"{self.folder}: tensor {name!r} is stored as {info.dtype}, which is not read here")
-        offset = header.data_begin + info.begin + first * stored.itemsize
-        file = self._files[header.path]
+        """Values of a tensor from the ``first`` on; whole rows of a quantized one."""
+        tensor = self._tensor(name)
+        if tensor.encoding == "plain" and tensor.place.info.dtype not in TORCH_DTYPES:
+            raise CheckpointBroken(
+                f"{self.folder}: tensor {name!r} is stored as {tensor.place.info.dtype}, which is not read here"
+            )
+        begin, wanted = 0, first + len(destination)
+        for row, rows in tensor.rows:
+            end = begin + rows * tensor.row_values
+            low, high = max(first, begin), min(wanted, end)
+            if low < high:
+                at = row * tensor.row_values + low - begin
+                self._read_stored(tensor, at, destination[low - first : high - first], direct)
+            begin = end
+
+    def _read_stored(self, tensor: StoredTensor, first: int, destination: torch.Tensor, direct: bool) -> None:
+        """Values of the stored tensor from its ``first`` on."""
+        if tensor.encoding != "plain":
+            columns = tensor.row_values
+            step = max(1, DECODE_BYTES // 4 // columns)
+            rows = len(destination) // columns
+            for row in range(0, rows, step):
+                count = min(step, rows - row)
+                part = decoded_rows(tensor, self._opened, first // columns + row, count, direct)
+                destination[row * columns : (row + count) * columns].copy_(part)
+            return
+        stored, file = TORCH_DTYPES[tensor.place.info.dtype], self._opened(tensor.place)
+        offset = tensor.place.offset + first * stored.itemsize
         if stored == destination.dtype:
             file.read_into(destination, offset, direct)
             return

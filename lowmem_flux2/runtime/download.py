@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem_flux2.errors import CheckpointMissing, DoesNotFit
-from lowmem_flux2.planning.headers import read_index
-from lowmem_flux2.planning.sources import ModelSource, explain_hub_error, hub_client, resolve_model
+from lowmem_flux2.planning.models import Component, ModelSpec
+from lowmem_flux2.planning.sources import ModelSource, SingleFile, explain_hub_error, hub_client, resolve_model
+from lowmem_flux2.planning.weight_files import read_index
 
 _PARTS = ("scheduler/*", "tokenizer/*", "transformer/*", "text_encoder/*", "vae/*", "*.json")
 _PICKLES = ("*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.onnx")
+_FILES_OF: Mapping[Component, tuple[str, ...]] = {
+    "text_encoder": ("scheduler/*", "tokenizer/*", "text_encoder/*", "*.json"),
+    "vae": ("vae/*", "*.json"),
+}
+"""Of the parts that go with a single file."""
 SPARE_BYTES = 64 << 20
 """Left free on the disk for others."""
 
@@ -22,6 +29,16 @@ class _File:
 
     name: str
     missing_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """Files of one repository."""
+
+    repo_id: str
+    revision: str | None
+    patterns: tuple[str, ...]
+    spec: ModelSpec
 
 
 def with_weights(source: ModelSource, *, offline: bool) -> ModelSource:
@@ -36,28 +53,13 @@ def with_weights(source: ModelSource, *, offline: bool) -> ModelSource:
     """
     if source.folder is not None:
         return source
+    if source.single is not None:
+        return _with_parts(source, source.single, offline)
     if source.repo_id is None:
         raise CheckpointMissing(
             f"{source.spec.source} has configs but no weights; plan it, or give a folder with weights"
         )
-    from huggingface_hub import snapshot_download
-
-    try:
-        with hub_client(offline) as is_offline:
-            snapshot_download(
-                source.repo_id,
-                revision=source.revision,
-                allow_patterns=list(_PARTS) if is_offline else _needed(source),
-                ignore_patterns=list(_PICKLES),
-                local_files_only=is_offline,
-            )
-    except (CheckpointMissing, DoesNotFit):
-        raise
-    except Exception as error:
-        explained = explain_hub_error(source.repo_id, source.revision, error)
-        if explained is None:
-            raise
-        raise explained from error
+    _fetch(_Wanted(source.repo_id, source.revision, _PARTS, source.spec), offline)
     found = resolve_model(source.name, revision=source.revision, offline=True)
     if found.folder is None:
         raise CheckpointMissing(
@@ -66,7 +68,42 @@ def with_weights(source: ModelSource, *, offline: bool) -> ModelSource:
     return found
 
 
-def _needed(source: ModelSource) -> list[str]:
+def _with_parts(source: ModelSource, single: SingleFile, offline: bool) -> ModelSource:
+    """A single file's source with the parts that were on the hub only."""
+    for part in single.missing:
+        _fetch(_Wanted(part.repo_id, None, _FILES_OF[part.component], source.spec), offline)
+    found = resolve_model(
+        str(single.file), offline=True, text_encoder=single.text_encoder, vae=single.vae, cache=single.cache
+    )
+    if found.folder is None:
+        lacking = " and ".join(f"the {part.component} of {part.repo_id}" for part in single.missing)
+        raise CheckpointMissing(f"{lacking}: the download is not complete; run the command again to go on with it")
+    return found
+
+
+def _fetch(wanted: _Wanted, offline: bool) -> None:
+    """Download what is wanted and not in the cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        with hub_client(offline) as is_offline:
+            snapshot_download(
+                wanted.repo_id,
+                revision=wanted.revision,
+                allow_patterns=list(wanted.patterns) if is_offline else _needed(wanted),
+                ignore_patterns=list(_PICKLES),
+                local_files_only=is_offline,
+            )
+    except (CheckpointMissing, DoesNotFit):
+        raise
+    except Exception as error:
+        explained = explain_hub_error(wanted.repo_id, wanted.revision, error)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _needed(wanted: _Wanted) -> list[str]:
     """Names of the files to fetch, once it is sure that they fit the disk.
 
     Raises:
@@ -75,11 +112,10 @@ def _needed(source: ModelSource) -> list[str]:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    assert source.repo_id is not None
     listed = snapshot_download(
-        source.repo_id,
-        revision=source.revision,
-        allow_patterns=list(_PARTS),
+        wanted.repo_id,
+        revision=wanted.revision,
+        allow_patterns=list(wanted.patterns),
         ignore_patterns=list(_PICKLES),
         dry_run=True,
     )
@@ -87,9 +123,9 @@ def _needed(source: ModelSource) -> list[str]:
     unused: set[str] = set()
     for file in files:
         if file.name.startswith("text_encoder/") and file.name.endswith(".index.json"):
-            index = hf_hub_download(source.repo_id, file.name, revision=source.revision)
+            index = hf_hub_download(wanted.repo_id, file.name, revision=wanted.revision)
             places = read_index(Path(index))
-            used = {shard for tensor, shard in places.items() if source.spec.needs("text_encoder", tensor)}
+            used = {shard for tensor, shard in places.items() if wanted.spec.needs("text_encoder", tensor)}
             unused |= {f"text_encoder/{shard}" for shard in set(places.values()) - used}
     files = [file for file in files if file.name not in unused]
     folder = Path(HF_HUB_CACHE)

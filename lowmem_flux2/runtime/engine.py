@@ -38,7 +38,7 @@ class Engine:
     """A model on a machine. Holds no weights between calls: every stage loads, runs and frees its own.
 
     Args:
-        model: ``shapes``, ``flux2-dev``, ``flux2-klein-4b``, ..., a diffusers folder, or a hub id.
+        model: ``shapes``, ``flux2-dev``, ``flux2-klein-4b``, ..., a diffusers folder, a single file, or a hub id.
         profile: ``auto`` for this machine, a shipped profile's name, or a TOML file.
         device: ``auto``, ``cuda``, ``cuda:1`` or ``cpu``.
         dtype: compute dtype: ``auto``, ``bf16``, ``fp16`` or ``fp32``.
@@ -53,6 +53,8 @@ class Engine:
         revision: hub revision.
         offline: never touch the network.
         cache_dir: where prepared weights are kept; else LOWMEM_FLUX2_CACHE, else the platform's cache folder.
+        text_encoder, vae: for a single file: a folder, a name or a hub id that has them; else the released model of its
+            shape.
         prompt_cache: bytes that embeddings of prompts may take on disk, or as text (``"2GiB"``, ``"off"``); else
             LOWMEM_FLUX2_PROMPT_CACHE, else 1 GiB.
         may_prepare: quantize weights into the store where a plan needs them; False raises instead.
@@ -83,6 +85,8 @@ class Engine:
         revision: str | None = None,
         offline: bool = False,
         cache_dir: str | Path | None = None,
+        text_encoder: str | None = None,
+        vae: str | None = None,
         prompt_cache: int | str | None = None,
         may_prepare: bool = True,
         allow_format_change: bool = False,
@@ -100,11 +104,14 @@ class Engine:
             max_vram_bytes=_size(max_vram),
             max_ram_bytes=_size(max_ram),
         )
-        self._source = resolve_model(model, revision=revision, offline=offline)
+        cache = Path(cache_dir) if cache_dir is not None else None
+        self._source = resolve_model(
+            model, revision=revision, offline=offline, text_encoder=text_encoder, vae=vae, cache=cache
+        )
         self._machine = resolve_machine(profile, device, self._selection.max_ram_bytes)
         self._running = Running(
             device=self._machine.device_name,
-            cache=cache_folder(Path(cache_dir) if cache_dir is not None else None),
+            cache=cache_folder(cache),
             prompt_cache_bytes=prompt_cache_limit(prompt_cache),
             offline=offline,
             may_prepare=may_prepare,

@@ -27,6 +27,7 @@ SOURCE = "source.txt"
 """In an entry: what it is made of, so that it goes when the source has changed, finished or not."""
 SPARE_BYTES = 64 << 20
 """Left free on the disk for the manifest and for others."""
+_OF_SOURCE = ("*.json", "*.safetensors", "*.gguf")
 _DISK_IS_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
@@ -96,7 +97,9 @@ class _SourceChanged(CheckpointBroken):
 def _stamp(folder: Path) -> list[tuple[str, int, int, int, int]]:
     """What a write to a file of the source changes. Not kept: see ``entry_of`` for why times of change are too much."""
     try:
-        seen = [(path.name, path.stat()) for path in sorted((*folder.glob("*.json"), *folder.glob("*.safetensors")))]
+        seen = [
+            (path.name, path.stat()) for path in sorted(path for ending in _OF_SOURCE for path in folder.glob(ending))
+        ]
     except OSError as error:
         raise CheckpointBroken(f"{folder} cannot be read: {error}") from error
     return [(name, at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino) for name, at in seen]

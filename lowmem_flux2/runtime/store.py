@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from lowmem_flux2.errors import CheckpointBroken, UsageError
-from lowmem_flux2.planning.headers import component_headers, no_tensor
+from lowmem_flux2.planning.weight_files import component_headers, no_tensor
 from lowmem_flux2.runtime.blockfile import StoredBlock, block_path
 from lowmem_flux2.runtime.cache import MANIFEST, entry_folder, repair
 from lowmem_flux2.runtime.components import Blocks

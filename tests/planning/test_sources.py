@@ -152,15 +152,15 @@ def test_not_a_diffusers_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointMissing, match=r"no model_index\.json$"):
         resolve_model("flux")
     (tmp_path / "flux" / "flux2-dev.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointMissing, match=r"flux2-dev\.safetensors, but single-file checkpoints come later"):
+    with pytest.raises(CheckpointMissing, match=r"give that file: -m flux/flux2-dev\.safetensors"):
         resolve_model("flux")
-    with pytest.raises(CheckpointMissing, match="single file"):
+    with pytest.raises(CheckpointBroken, match="is empty"):
         resolve_model("flux/flux2-dev.safetensors")
 
 
 @pytest.mark.parametrize("path", ["./none", "/none/of/it", "~/none", "a/b/c", "..\\models"])
 def test_absent_folder(path: str) -> None:
-    with pytest.raises(CheckpointMissing, match="there is no folder"):
+    with pytest.raises(CheckpointMissing, match="there is no folder or file"):
         resolve_model(path, offline=True)
 
 

@@ -16,7 +16,7 @@ import tiny
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 
-from lowmem_flux2.planning.headers import component_headers
+from lowmem_flux2.planning.weight_files import component_headers
 from lowmem_flux2.runtime.device import host_use, measure, release_memory
 
 MIB = 1 << 20

@@ -1,0 +1,270 @@
+"""A MODEL that is one file with a transformer: which model it is, by its tensors' shapes, and the parts beside it.
+
+The transformer's config is worked out from the header. Text encoder, tokenizer and VAE come from ``--text-encoder`` and
+``--vae``, or from the released model of that shape. All of it is then linked into one folder in diffusers' form in the
+cache, which everything else reads like any other folder; nothing is copied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from lowmem_flux2.errors import CheckpointBroken, CheckpointMissing, UsageError
+from lowmem_flux2.folders import cache_folder
+from lowmem_flux2.planning import sources
+from lowmem_flux2.planning.configs import CONFIG_FILES, OWN_CONFIG, OWN_CONFIG_FILE, read_configs, spec_from_configs
+from lowmem_flux2.planning.gguf_header import is_gguf
+from lowmem_flux2.planning.models import Component, ModelSpec
+from lowmem_flux2.planning.sources import Missing, ModelSource, SingleFile
+from lowmem_flux2.planning.stored import StoredTensor, model_view
+from lowmem_flux2.planning.weight_files import check_component, weight_header
+
+PARTS: Final[tuple[Component, ...]] = ("text_encoder", "vae")
+_FLAGS: Final = {"text_encoder": "--text-encoder", "vae": "--vae"}
+_SHAPES: Final = ("flux2-dev", "flux2-klein-4b", "flux2-klein-9b")
+"""Released models of different shapes; their parts go with a file of that shape."""
+_INDEX: Final = re.compile(r"(single_transformer_blocks|transformer_blocks)\.(\d+)\.")
+_OTHERS: Final[Mapping[str, str]] = {
+    "lora": "a LoRA, not a model: give it beside one",
+    "model.layers.": "a text encoder: give it with --text-encoder, beside the transformer with -m",
+    "encoder.down": "a VAE: give it with --vae, beside the transformer with -m",
+    "decoder.up": "a VAE: give it with --vae, beside the transformer with -m",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Where a text encoder or a VAE comes from; ``folder`` is None where its weights are still on the hub."""
+
+    folder: Path | None
+    configs: Mapping[str, Mapping[str, Any]]
+    tokenizer: Path | None = None
+    repo_id: str = ""
+
+
+def resolve_file(
+    file: Path,
+    text_encoder: str | None,
+    vae: str | None,
+    *,
+    cache: Path | None = None,
+    hub_cache: Path | None = None,
+    offline: bool = False,
+) -> ModelSource:
+    """The source of a single file and its parts; its folder is None where parts are still to be fetched.
+
+    Raises:
+        UsageError: a file of no released shape without parts; a cache that cannot be written.
+        CheckpointMissing, CheckpointBroken: no FLUX.2 transformer in the file, or parts that do not go with it; says
+            what was found.
+    """
+    view = model_view([weight_header(file)])
+    config = transformer_config(file, view)
+    known = _released(config)
+    given = {"text_encoder": text_encoder, "vae": vae}
+    text_encoder = text_encoder or known
+    if text_encoder is None or (vae is None and known is None and not _holds(text_encoder, "vae")):
+        raise UsageError(
+            f"{file} is a FLUX.2 transformer of {config['num_layers']} double-stream and {config['num_single_layers']} "
+            f"single-stream blocks, {config['num_attention_heads']} heads wide, which no released model is: give both "
+            "--text-encoder and --vae"
+        )
+    vae = vae or (text_encoder if _holds(text_encoder, "vae") or known is None else known)
+    source = " ".join([str(file), *(f"{_FLAGS[key]} {value}" for key, value in given.items() if value)])
+    found: dict[Component, _Part] = {
+        "text_encoder": _part(text_encoder, "text_encoder", hub_cache, offline),
+        "vae": _part(vae, "vae", hub_cache, offline),
+    }
+    configs = _configs(config, found["text_encoder"], found["vae"])
+    name = file.resolve().stem
+    spec = spec_from_configs(name, source, configs)
+    found = {key: _checked(key, part, spec, source) for key, part in found.items()}
+    missing = tuple(Missing(part.repo_id, key) for key, part in found.items() if part.folder is None)
+    single = SingleFile(file, text_encoder, vae, cache, missing)
+    if missing:
+        shipped = sources.ASSETS / "configs" / (known or _SHAPES[0])
+        return ModelSource(name, "local", None, None, None, spec, shipped, single)
+    folder = _assembled(file, configs, found["text_encoder"], found["vae"], cache_folder(cache))
+    stored = sources.check_folder(folder, spec, source)
+    return ModelSource(name, "local", folder, None, None, replace(spec, stored_dtype=stored), folder, single)
+
+
+def transformer_config(file: Path, view: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """The transformer's config in diffusers' form, worked out from the shapes of its tensors.
+
+    Raises:
+        CheckpointBroken: no FLUX.2 transformer; says what was found.
+    """
+
+    def shape(name: str) -> tuple[int, ...]:
+        found = view.get(name)
+        if found is None or len(found.shape) not in (1, 2):
+            raise CheckpointBroken(_not_a_transformer(file, view, name))
+        return found.shape
+
+    width, in_channels = shape("x_embedder.weight")
+    counts = {"transformer_blocks": 0, "single_transformer_blocks": 0}
+    for name in view:
+        if block := _INDEX.match(name):
+            counts[block[1]] = max(counts[block[1]], int(block[2]) + 1)
+    (head_dim,) = shape("single_transformer_blocks.0.attn.norm_q.weight")
+    shipped = sources.shipped_configs(_SHAPES[0])["transformer"]
+    axes = shipped["axes_dims_rope"]
+    config = {
+        "num_layers": counts["transformer_blocks"],
+        "num_single_layers": counts["single_transformer_blocks"],
+        "num_attention_heads": width // head_dim,
+        "attention_head_dim": head_dim,
+        "in_channels": in_channels,
+        "out_channels": shape("proj_out.weight")[0],
+        "joint_attention_dim": shape("context_embedder.weight")[1],
+        "mlp_ratio": shape("single_transformer_blocks.0.attn.to_out.weight")[1] / width - 1,
+        "timestep_guidance_channels": shape("time_guidance_embed.timestep_embedder.linear_1.weight")[1],
+        "guidance_embeds": "time_guidance_embed.guidance_embedder.linear_1.weight" in view,
+        # Four axes of equal parts in every release; the weights do not tell.
+        "axes_dims_rope": axes if sum(axes) == head_dim else [head_dim // 4] * 4,
+    }
+    return {**shipped, **config}
+
+
+def _not_a_transformer(file: Path, view: Mapping[str, StoredTensor], missing: str) -> str:
+    for mark, what in _OTHERS.items():
+        if any(mark in name for name in view):
+            return f"{file} is {what}"
+    names = ", ".join(sorted(view)[:3]) or "nothing"
+    return f"{file} holds no FLUX.2 transformer: no {missing!r} in any layout that is known here; it has {names}, ..."
+
+
+def _released(config: Mapping[str, Any]) -> str | None:
+    """The released model of this shape."""
+    keys = ("num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim", "guidance_embeds")
+    for name in _SHAPES:
+        shipped = sources.shipped_configs(name)["transformer"]
+        if all(shipped[key] == config[key] for key in keys):
+            return name
+    return None
+
+
+def _holds(argument: str, component: Component) -> bool:
+    """Whether a local folder, or the embedded model, has this part too."""
+    folder = sources.ASSETS / argument if argument == sources.EMBEDDED else Path(argument).expanduser()
+    return (folder / component).is_dir()
+
+
+def _part(argument: str, component: Component, hub_cache: Path | None, offline: bool) -> _Part:
+    """A part from a folder in diffusers' form, a folder of its own, or the hub."""
+    flag = _FLAGS[component]
+    folder = sources.ASSETS / argument if argument == sources.EMBEDDED else Path(argument).expanduser()
+    if folder.is_file():
+        raise CheckpointMissing(f"{flag} {argument} is a file: give a folder with its config.json, or a hub id")
+    if not folder.is_dir():
+        return _hub_part(argument, component, hub_cache, offline)
+    if (folder / component / "config.json").is_file():
+        return _Part(folder / component, read_configs(folder, argument), folder / "tokenizer")
+    config = folder / "config.json"
+    if not config.is_file():
+        raise CheckpointMissing(f"{flag} {argument}: neither a {component}/config.json nor a config.json is in there")
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointBroken(f"{config} cannot be read as JSON: {error}") from error
+    tokenizer = folder if (folder / "tokenizer.json").is_file() else folder.resolve().parent / "tokenizer"
+    return _Part(folder, {component: values}, tokenizer)
+
+
+def _hub_part(argument: str, component: Component, hub_cache: Path | None, offline: bool) -> _Part:
+    found = sources.hub_configs(argument, hub_cache, offline)
+    if found is None:
+        raise CheckpointMissing(
+            f"{_FLAGS[component]} {argument}: there is no such folder, and it is neither a hub id nor one of "
+            f"{', '.join(sources.MODEL_NAMES)}"
+        )
+    repo_id, configs, snapshot = found
+    if snapshot is None:
+        return _Part(None, configs, repo_id=repo_id)
+    return _Part(snapshot / component, configs, snapshot / "tokenizer", repo_id)
+
+
+def _configs(config: Mapping[str, Any], text_encoder: _Part, vae: _Part) -> dict[str, Mapping[str, Any]]:
+    """As `spec_from_configs` takes them, and as they are written."""
+    shipped = sources.shipped_configs("flux2-dev" if config["guidance_embeds"] else "flux2-klein-4b")
+    index = dict(shipped["model_index"])
+    if not config["guidance_embeds"]:  # a base model's weights look like those of its distilled sibling
+        index["is_distilled"] = text_encoder.configs.get("model_index", {}).get("is_distilled", True)
+    configs = {
+        "model_index": index,
+        "transformer": config,
+        "text_encoder": text_encoder.configs["text_encoder"],
+        "vae": vae.configs["vae"],
+        "scheduler": text_encoder.configs.get("scheduler", shipped["scheduler"]),
+    }
+    own = text_encoder.configs.get(OWN_CONFIG)
+    return configs if own is None else {**configs, OWN_CONFIG: own}
+
+
+def _checked(key: Component, part: _Part, spec: ModelSpec, source: str) -> _Part:
+    """The part, without its folder where that is a snapshot of the hub's which lacks weights."""
+    if part.folder is None:
+        return part
+    try:
+        check_component(part.folder, spec.stored_weights(key), partial(spec.needs, key))
+        if key == "text_encoder" and part.tokenizer is not None:
+            sources.check_tokenizer(part.tokenizer.parent, source, part.tokenizer.name)
+    except CheckpointMissing:
+        if not part.repo_id:
+            raise
+        return replace(part, folder=None)
+    return part
+
+
+def _assembled(
+    file: Path, configs: Mapping[str, Mapping[str, Any]], text_encoder: _Part, vae: _Part, cache: Path
+) -> Path:
+    """The folder of links and configs for these parts; one that is there already is the same."""
+    assert text_encoder.folder is not None and text_encoder.tokenizer is not None and vae.folder is not None
+    weights = "diffusion_pytorch_model.gguf" if is_gguf(file) else "diffusion_pytorch_model.safetensors"
+    links = {
+        f"transformer/{weights}": file,
+        "text_encoder": text_encoder.folder,
+        "tokenizer": text_encoder.tokenizer,
+        "vae": vae.folder,
+    }
+    texts = {
+        CONFIG_FILES.get(key, OWN_CONFIG_FILE): json.dumps(value, indent=2, sort_keys=True) + "\n"
+        for key, value in configs.items()
+        if key not in ("text_encoder", "vae")
+    }
+    targets = {name: str(target.resolve()) for name, target in links.items()}
+    digest = hashlib.sha256(json.dumps([targets, texts], sort_keys=True).encode()).hexdigest()[:12]
+    final = cache / "assembled" / f"{file.resolve().stem}-{digest}"
+    if final.is_dir():
+        return final
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=final.parent, prefix="."))
+        try:
+            for name, text in texts.items():
+                (made / name).parent.mkdir(exist_ok=True)
+                (made / name).write_text(text, encoding="utf-8")
+            for name, target in targets.items():
+                (made / name).symlink_to(target, target_is_directory=Path(target).is_dir())
+            made.chmod(0o755)
+            made.rename(final)
+        except BaseException:
+            shutil.rmtree(made, ignore_errors=True)
+            if not final.is_dir():  # else another process was first
+                raise
+    except OSError as error:
+        raise UsageError(
+            f"{final.parent} cannot be written: {error}; give another folder with --cache-dir or LOWMEM_FLUX2_CACHE"
+        ) from error
+    return final

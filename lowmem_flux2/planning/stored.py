@@ -1,0 +1,217 @@
+"""A component's tensors as the model names them, however its files store them: names, rows, scales, quantized blocks.
+
+Recognised by what the headers say, never by a file's name. Reading the values is `runtime.checkpoint`'s.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from types import MappingProxyType
+from typing import Any, Final, Literal
+
+from lowmem_flux2.errors import CheckpointBroken
+from lowmem_flux2.planning.gguf_header import BLOCKS
+from lowmem_flux2.planning.headers import FileHeader, TensorInfo
+from lowmem_flux2.planning.layouts import Rows, is_bfl, model_tensors, without_prefix
+
+Encoding = Literal["plain", "scaled", "gguf", "bnb4"]
+FP8: Final = ("F8_E4M3", "F8_E5M2")
+_WEIGHT: Final = ".weight"
+_SCALES: Final = (".weight_scale", ".scale_weight")
+"""After a Linear's name: BFL's, ModelOpt's and ComfyUI's name, and ComfyUI's older one."""
+_IGNORED: Final = (".input_scale", ".scale_input", ".comfy_quant")
+"""Beside an fp8 weight, and of no use where activations are not quantized."""
+_MARKERS: Final = ("scaled_fp8",)
+_NVFP4: Final = ".weight_scale_2"
+_BNB_STATE: Final = ".weight.quant_state.bitsandbytes__"
+_BNB_AIDS: Final = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One stored tensor."""
+
+    header: FileHeader
+    name: str
+    info: TensorInfo
+
+    @property
+    def offset(self) -> int:
+        """Of its first byte in the file."""
+        return self.header.data_begin + self.info.begin
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of the model.
+
+    Attributes:
+        shape: the model's.
+        encoding: ``plain``: values of the stored dtype; ``scaled``: fp8 times a scale for the tensor or for each row;
+            ``gguf``: blocks of the dtype; ``bnb4``: bitsandbytes' 4-bit blocks over all of the tensor.
+        place: the tensor that holds it, and maybe others.
+        rows: which of the stored rows are its own; all in their order where it is the only one.
+        aids: what else decodes it: ``scale``; or ``absmax``, ``quant_map`` and so on.
+        state: bitsandbytes' quantization state.
+    """
+
+    shape: tuple[int, ...]
+    encoding: Encoding
+    place: Place
+    rows: Rows
+    aids: Mapping[str, Place] = field(default_factory=dict)
+    state: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_values(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Its share of the stored tensor's bytes, and of what decodes it."""
+        held = self.place.info.num_bytes + sum(aid.info.num_bytes for aid in self.aids.values())
+        stored = self.place.info.num_values if self.encoding != "bnb4" else self.num_values
+        return held * self.num_values // max(1, stored)
+
+    @property
+    def row_values(self) -> int:
+        """Values of one row; a vector's rows have one."""
+        return prod(self.shape[1:])
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it holds floating-point values."""
+        return self.encoding != "plain" or "F" in self.place.info.dtype
+
+
+def model_view(headers: Iterable[FileHeader]) -> Mapping[str, StoredTensor]:
+    """Every tensor that the files hold of the model, under diffusers' and transformers' names.
+
+    Raises:
+        CheckpointBroken: fp8 without scales, or a quantization that is not read here; says what was found.
+    """
+    stored = {name: Place(header, name, info) for header in headers for name, info in header.tensors.items()}
+    prefixed = {without_prefix(name): place for name, place in stored.items() if name != without_prefix(name)}
+    bfl = is_bfl(prefixed or stored)
+    places = prefixed if bfl and prefixed else stored  # a file with all of ComfyUI's parts holds others beside them
+    found: dict[str, StoredTensor] = {}
+    for name, place in places.items():
+        if _is_aid(name, places):
+            continue
+        for target, tensor in _decoded(name, place, places, bfl):
+            if target in found:
+                raise CheckpointBroken(f"{place.header.path}: two of its tensors are {target!r} of the model")
+            found[target] = tensor
+    return MappingProxyType(found)
+
+
+def _is_aid(name: str, places: Mapping[str, Place]) -> bool:
+    """Whether a tensor only serves to decode another."""
+    if name in _MARKERS:
+        return True
+    for ending in (*_SCALES, *_IGNORED, _NVFP4):
+        if name.endswith(ending) and name.removesuffix(ending) + _WEIGHT in places:
+            return True
+    owner, dot, leaf = name.rpartition(".")
+    if dot and leaf in _BNB_AIDS and owner in places:
+        return True
+    return _BNB_STATE in name
+
+
+def _decoded(name: str, place: Place, places: Mapping[str, Place], bfl: bool) -> Iterator[tuple[str, StoredTensor]]:
+    info = place.info
+    encoding: Encoding = "plain"
+    shape = info.shape
+    aids: Mapping[str, Place] = {}
+    state: Mapping[str, Any] = {}
+    owner = name.removesuffix(_WEIGHT)
+    if info.dtype in BLOCKS:
+        encoding = "gguf"
+    elif info.dtype in FP8:
+        encoding, aids = "scaled", {"scale": _scale(name, place, places)}
+    elif owner + _NVFP4 in places:
+        raise CheckpointBroken(
+            f"{place.header.path}: {name!r} is stored as NVFP4 (it has a {_NVFP4[1:]!r}), which is not read here: take "
+            "the bf16, fp8 or GGUF release"
+        )
+    elif found := _bnb_state(name, places):
+        encoding, state = "bnb4", _bnb_values(found)
+        shape = tuple(state["shape"])
+        aids = {leaf: places[f"{name}.{leaf}"] for leaf in _BNB_AIDS if f"{name}.{leaf}" in places}
+        _check_bnb(place, info, state, aids)
+    elif info.dtype in ("I8", "U8") and name.endswith(_WEIGHT):
+        hint = " (a weight of bitsandbytes' LLM.int8)" if f"{owner}.SCB" in places else ""
+        raise CheckpointBroken(
+            f"{place.header.path}: {name!r} is stored as {info.dtype}{hint}, a quantization that is not read here: "
+            "take the bf16, fp8, GGUF or bitsandbytes 4-bit release"
+        )
+    num_rows = shape[0] if shape else 1
+    if not bfl:
+        yield name, StoredTensor(shape, encoding, place, ((0, num_rows),), aids, state)
+        return
+    targets = tuple(model_tensors(name, num_rows))
+    if not targets:
+        other = " (a FLUX.1 model, it seems)" if "_mod." in name or name.startswith("vector_in.") else ""
+        raise CheckpointBroken(f"{place.header.path}: its tensor {place.name!r} is none of FLUX.2's{other}")
+    for target, rows in targets:
+        own = (sum(count for _, count in rows), *shape[1:])
+        yield target, StoredTensor(own, encoding, place, rows, aids, state)
+
+
+def _scale(name: str, place: Place, places: Mapping[str, Place]) -> Place:
+    """Of an fp8 weight: one value, or one a row."""
+    owner = name.removesuffix(_WEIGHT)
+    for ending in _SCALES:
+        scale = places.get(owner + ending)
+        if scale is None:
+            continue
+        values, rows = scale.info.num_values, place.info.shape[0]
+        if values not in (1, rows) or scale.info.dtype not in ("F32", "BF16", "F16"):
+            raise CheckpointBroken(
+                f"{place.header.path}: the scale {scale.name!r} is {scale.info.dtype} of shape "
+                f"{list(scale.info.shape)}: one value, or one for each of the weight's {rows} rows, is read here"
+            )
+        return scale
+    raise CheckpointBroken(
+        f"{place.header.path}: {name!r} is stored as {place.info.dtype} without a scale (neither "
+        f"{owner + _SCALES[0]!r} nor {owner + _SCALES[1]!r} is there): what its values are cannot be told; take a "
+        "release with scales, or the bf16 one"
+    )
+
+
+def _bnb_state(name: str, places: Mapping[str, Place]) -> Place | None:
+    owner = name.removesuffix(_WEIGHT)
+    for kind in ("nf4", "fp4"):
+        if found := places.get(f"{owner}{_BNB_STATE}{kind}"):
+            return found
+    return None
+
+
+def _bnb_values(place: Place) -> Mapping[str, Any]:
+    """The quantization state: JSON in a tensor of bytes (bitsandbytes, functional.QuantState.as_dict)."""
+    try:
+        with place.header.path.open("rb") as file:
+            file.seek(place.offset)
+            values: Mapping[str, Any] = json.loads(file.read(place.info.num_bytes).decode("utf-8"))
+        if not all(isinstance(values[key], int) for key in ("blocksize",)) or len(values["shape"]) != 2:
+            raise ValueError(f"{dict(values)}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointBroken(f"{place.header.path}: the state {place.name!r} cannot be read: {error}") from error
+    return values
+
+
+def _check_bnb(place: Place, info: TensorInfo, state: Mapping[str, Any], aids: Mapping[str, Place]) -> None:
+    values, block = prod(state["shape"]), state["blocksize"]
+    nested = "nested_blocksize" in state
+    needed = _BNB_AIDS if nested else _BNB_AIDS[:2]
+    missing = [leaf for leaf in needed if leaf not in aids]
+    if missing:
+        raise CheckpointBroken(f"{place.header.path}: {place.name!r} lacks its {', '.join(missing)}")
+    if info.num_bytes != -(-values // 2) or aids["absmax"].info.num_values != -(-values // block):
+        raise CheckpointBroken(
+            f"{place.header.path}: {place.name!r} has {info.num_bytes} bytes and {aids['absmax'].info.num_values} "
+            f"absmax, its state tells of the shape {state['shape']} in blocks of {block}"
+        )

@@ -1,0 +1,212 @@
+"""Single files as MODEL: recognised by their headers, with the right parts beside them, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from lowmem_flux2.errors import CheckpointBroken, CheckpointMissing, UsageError
+from lowmem_flux2.planning import sources
+from lowmem_flux2.planning.models import TransformerSpec
+from lowmem_flux2.planning.sources import resolve_model, shipped_configs
+
+Shapes = dict[str, tuple[int, ...]]
+ALIASES = ("flux2-dev", "flux2-klein-4b", "flux2-klein-9b")
+
+
+@pytest.fixture(autouse=True)
+def empty_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def write(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "BF16", prefix: str = "") -> Path:
+    """A safetensors file of these tensors, all zero: sparse, so that a full-size one takes no room."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = prod(shape) * {"BF16": 2, "F8_E4M3": 1, "F32": 4}[dtype]
+        header[prefix + name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return path
+
+
+def bfl_shapes(spec: TransformerSpec) -> Shapes:
+    """Names and shapes of BFL's layout."""
+    h, m, d = spec.hidden_size, spec.mlp_size, spec.head_dim
+    embedders = ("time_in", "guidance_in") if spec.guidance_embeds else ("time_in",)
+    shapes: Shapes = {"img_in.weight": (h, spec.in_channels), "txt_in.weight": (h, spec.joint_dim)}
+    for name in embedders:
+        shapes |= {f"{name}.in_layer.weight": (h, spec.timestep_channels), f"{name}.out_layer.weight": (h, h)}
+    for stream, parts in (("double_stream_modulation_img", 6), ("double_stream_modulation_txt", 6)):
+        shapes[f"{stream}.lin.weight"] = (parts * h, h)
+    shapes["single_stream_modulation.lin.weight"] = (3 * h, h)
+    shapes["final_layer.adaLN_modulation.1.weight"] = (2 * h, h)
+    shapes["final_layer.linear.weight"] = (spec.out_channels, h)
+    for block in range(spec.num_double):
+        for stream in ("img", "txt"):
+            name = f"double_blocks.{block}.{stream}"
+            shapes |= {f"{name}_attn.qkv.weight": (3 * h, h), f"{name}_attn.proj.weight": (h, h)}
+            shapes |= {f"{name}_mlp.0.weight": (2 * m, h), f"{name}_mlp.2.weight": (h, m)}
+            shapes |= {f"{name}_attn.norm.{part}_norm.scale": (d,) for part in ("query", "key")}
+    for block in range(spec.num_single):
+        name = f"single_blocks.{block}"
+        shapes |= {f"{name}.linear1.weight": (3 * h + 2 * m, h), f"{name}.linear2.weight": (h, h + m)}
+        shapes |= {f"{name}.norm.{part}_norm.scale": (d,) for part in ("query", "key")}
+    return shapes
+
+
+def full_size(name: str) -> Shapes:
+    return bfl_shapes(resolve_model(name, offline=True).spec.transformer)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("name", ALIASES)
+def test_a_released_model_needs_nothing_else(name: str, prefix: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "whatever.safetensors", full_size(name), prefix=prefix)
+    found, released = resolve_model(str(file), offline=True), resolve_model(name, offline=True)
+    assert (found.spec.transformer, found.spec.text_encoder) == (released.spec.transformer, released.spec.text_encoder)
+    assert (found.spec.form, found.spec.is_distilled) == (released.spec.form, released.spec.is_distilled)
+    assert found.folder is None
+    assert found.single is not None
+    assert {(part.repo_id, part.component) for part in found.single.missing} == {
+        (released.repo_id, "text_encoder"),
+        (released.repo_id, "vae"),
+    }
+    assert found.spec.name == "whatever"
+
+
+def test_a_base_model_is_told_by_its_text_encoder(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.safetensors", full_size("flux2-klein-4b"))
+    assert not resolve_model(str(file), text_encoder="flux2-klein-base-4b", offline=True).spec.is_distilled
+
+
+def test_the_encoder_of_another_size_is_refused_by_width(tmp_path: Path) -> None:
+    file = write(tmp_path / "nine.safetensors", full_size("flux2-klein-9b"))
+    with pytest.raises(CheckpointBroken) as caught:
+        resolve_model(str(file), text_encoder="flux2-klein-4b", offline=True)
+    for told in (str(file), "--text-encoder flux2-klein-4b", "klein-4B's Qwen3-4B encoder", "klein-9B's", "12288"):
+        assert told in str(caught.value)
+    with pytest.raises(CheckpointBroken, match="the text encoder is 'mistral3', a klein pipeline needs 'qwen3'"):
+        resolve_model(str(file), text_encoder="flux2-dev", offline=True)
+
+
+def test_planning_needs_no_torch(tmp_path: Path) -> None:
+    file = write(tmp_path / "nine.safetensors", full_size("flux2-klein-9b"))
+    code = (
+        "import sys; from lowmem_flux2.cli import app; app(sys.argv[1:], standalone_mode=False); "
+        "assert 'torch' not in sys.modules and 'gguf' not in sys.modules"
+    )
+    command = [sys.executable, "-c", code, "plan", "-m", str(file), "--profile", "rtx-3060-12gb", "--offline"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "nine" in done.stdout
+
+
+def test_a_folder_of_links_is_made_once(tmp_path: Path, cache: Path, tiny_klein: Path) -> None:
+    spec = resolve_model(str(tiny_klein)).spec.transformer
+    file = write(tmp_path / "my file.safetensors", bfl_shapes(spec))
+    found = resolve_model(str(file), text_encoder=str(tiny_klein))
+    assert found.folder is not None
+    assert found.folder.parent == cache / "assembled"
+    assert found.spec.source == f"{file} --text-encoder {tiny_klein}"
+    assert (found.folder / "vae").resolve() == tiny_klein / "vae"
+    assert [path for path in found.folder.rglob("*") if path.is_file() and path.suffix == ".safetensors"] == [
+        found.folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    ]
+    assert resolve_model(str(file), text_encoder=str(tiny_klein), vae=str(tiny_klein)).folder == found.folder
+    assert resolve_model(str(found.folder)).spec.transformer == spec
+    elsewhere = resolve_model(str(file), text_encoder=str(tiny_klein), cache=tmp_path / "own").folder
+    assert elsewhere is not None
+    assert elsewhere.is_relative_to(tmp_path / "own")
+    assert len(list((cache / "assembled").iterdir())) == 1
+
+
+def test_parts_from_folders_of_their_own(tmp_path: Path, tiny_klein: Path) -> None:
+    file = write(tmp_path / "x.safetensors", bfl_shapes(resolve_model(str(tiny_klein)).spec.transformer))
+    encoder = shutil.copytree(tiny_klein / "text_encoder", tmp_path / "encoder")
+    for path in (tiny_klein / "tokenizer").iterdir():
+        if path.name != "config.json":
+            shutil.copy(path, encoder)
+    found = resolve_model(str(file), text_encoder=str(encoder), vae=str(tiny_klein / "vae"))
+    assert found.folder is not None
+    assert (found.folder / "tokenizer").resolve() == encoder
+    assert found.spec.is_distilled
+    (encoder / "tokenizer_config.json").unlink()
+    with pytest.raises(CheckpointMissing, match=r"tokenizer_config\.json is missing"):
+        resolve_model(str(file), text_encoder=str(encoder), vae=str(tiny_klein / "vae"))
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, tiny_klein: Path) -> None:
+    file = write(tmp_path / "x.safetensors", bfl_shapes(resolve_model(str(tiny_klein)).spec.transformer))
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(UsageError, match=r"cannot be written: .* --cache-dir"):
+        resolve_model(str(file), text_encoder=str(tiny_klein), cache=tmp_path / "cache")
+
+
+FOUND: dict[str, tuple[Shapes, str, str]] = {
+    "FLUX.1": (
+        {"img_in.weight": (64, 32), "double_blocks.0.img_mod.lin.weight": (384, 64)},
+        "BF16",
+        r"'double_blocks\.0\.img_mod\.lin\.weight' is none of FLUX\.2's \(a FLUX\.1 model, it seems\)",
+    ),
+    "a LoRA": ({"transformer.x_embedder.lora_A.weight": (4, 32)}, "BF16", "is a LoRA, not a model"),
+    "a text encoder": ({"model.layers.0.mlp.up_proj.weight": (4, 4)}, "BF16", "is a text encoder: .*--text-encoder"),
+    "a VAE": ({"decoder.up.0.block.0.conv1.weight": (4, 4, 3, 3)}, "BF16", "is a VAE: .*--vae"),
+    "something else": ({"unet.weight": (4, 4)}, "BF16", "holds no FLUX.2 transformer: .* it has unet.weight"),
+    "nothing": ({}, "BF16", "it has nothing"),
+    "fp8 without scales": (
+        {"img_in.weight": (64, 32)},
+        "F8_E4M3",
+        "'img_in.weight' is stored as F8_E4M3 without a scale .*'img_in.weight_scale'.*'img_in.scale_weight'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_says_what_was_found(case: str, tmp_path: Path) -> None:
+    shapes, dtype, told = FOUND[case]
+    with pytest.raises(CheckpointBroken, match=told):
+        resolve_model(str(write(tmp_path / "x.safetensors", shapes, dtype)), offline=True)
+
+
+def test_parts_that_are_missing_or_out_of_place(tmp_path: Path, tiny_klein: Path) -> None:
+    file = str(write(tmp_path / "x.safetensors", bfl_shapes(resolve_model(str(tiny_klein)).spec.transformer)))
+    with pytest.raises(UsageError, match=r"2 double-stream and 3 single-stream .* give both --text-encoder and --vae"):
+        resolve_model(file)
+    with pytest.raises(UsageError, match="go with a model that is a single file; flux2-dev has its own"):
+        resolve_model("flux2-dev", vae=str(tiny_klein))
+    with pytest.raises(CheckpointMissing, match=r"--vae .* is a file"):
+        resolve_model(file, text_encoder=str(tiny_klein), vae=file)
+    with pytest.raises(CheckpointMissing, match="--vae nothing: there is no such folder, and it is neither"):
+        resolve_model(file, text_encoder=str(tiny_klein), vae="nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointMissing, match=r"neither a vae/config\.json nor a config\.json"):
+        resolve_model(file, text_encoder=str(tiny_klein), vae=str(tmp_path / "empty"))
+    half = shutil.copytree(tiny_klein, tmp_path / "half")
+    next((half / "vae").glob("*.safetensors")).unlink()
+    with pytest.raises(CheckpointMissing, match=r"vae has no \.safetensors weights"):
+        resolve_model(file, text_encoder=str(half))
+
+
+def test_the_embedded_model_has_parts_too(tmp_path: Path) -> None:
+    spec = resolve_model("shapes").spec
+    file = write(tmp_path / "x.safetensors", bfl_shapes(spec.transformer))
+    found = resolve_model(str(file), text_encoder="shapes")
+    assert (found.spec.defaults, found.spec.is_distilled) == (spec.defaults, spec.is_distilled)
+    assert found.folder is not None
+    assert (found.folder / sources.OWN_CONFIG_FILE).is_file()
+
+
+def test_shapes_of_the_shipped_configs_are_told_apart() -> None:
+    keys = ("num_layers", "num_single_layers", "num_attention_heads")
+    assert len({tuple(shipped_configs(name)["transformer"][key] for key in keys) for name in ALIASES}) == len(ALIASES)

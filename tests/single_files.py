@@ -1,0 +1,202 @@
+"""Transformers as single files in the layouts that people download, made from a tiny diffusers folder.
+
+The layouts are checked here against diffusers' own converter: what it makes of a state dict must be the folder's.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import tiny
+import torch
+from diffusers import Flux2Transformer2DModel
+from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
+from safetensors.torch import load_file, save_file
+
+State = dict[str, torch.Tensor]
+COMFY_PREFIX = "model.diffusion_model."
+FP8_MAX = 448.0
+
+_PLAIN = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_guidance_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_guidance_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+    "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+    "single_stream_modulation.linear": "single_stream_modulation.lin",
+    "proj_out": "final_layer.linear",
+}
+_DOUBLE = {
+    "attn.norm_q.weight": "img_attn.norm.query_norm.scale",
+    "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
+    "attn.to_out.0.weight": "img_attn.proj.weight",
+    "ff.linear_in.weight": "img_mlp.0.weight",
+    "ff.linear_out.weight": "img_mlp.2.weight",
+    "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
+    "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
+    "attn.to_add_out.weight": "txt_attn.proj.weight",
+    "ff_context.linear_in.weight": "txt_mlp.0.weight",
+    "ff_context.linear_out.weight": "txt_mlp.2.weight",
+}
+_SINGLE = {
+    "attn.to_qkv_mlp_proj.weight": "linear1.weight",
+    "attn.to_out.weight": "linear2.weight",
+    "attn.norm_q.weight": "norm.query_norm.scale",
+    "attn.norm_k.weight": "norm.key_norm.scale",
+}
+
+
+def transformer_state(folder: Path) -> State:
+    """The tensors of a diffusers folder's transformer."""
+    return {
+        name: tensor
+        for path in (folder / "transformer").glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
+
+
+def bfl_state(state: Mapping[str, torch.Tensor]) -> State:
+    """The same tensors in BFL's layout."""
+    made = {f"{theirs}.weight": state[f"{ours}.weight"] for ours, theirs in _PLAIN.items() if f"{ours}.weight" in state}
+    scale, shift = state["norm_out.linear.weight"].chunk(2)
+    made["final_layer.adaLN_modulation.1.weight"] = torch.cat([shift, scale])
+    for name, tensor in state.items():
+        kind, _, rest = name.partition(".")
+        index, _, within = rest.partition(".")
+        if kind == "transformer_blocks" and within in _DOUBLE:
+            made[f"double_blocks.{index}.{_DOUBLE[within]}"] = tensor
+        elif kind == "single_transformer_blocks":
+            made[f"single_blocks.{index}.{_SINGLE[within]}"] = tensor
+        elif within == "attn.to_q.weight":
+            fused = [state[f"{kind}.{index}.attn.to_{part}.weight"] for part in "qkv"]
+            made[f"double_blocks.{index}.img_attn.qkv.weight"] = torch.cat(fused)
+        elif within == "attn.add_q_proj.weight":
+            fused = [state[f"{kind}.{index}.attn.add_{part}_proj.weight"] for part in "qkv"]
+            made[f"double_blocks.{index}.txt_attn.qkv.weight"] = torch.cat(fused)
+    back = diffusers_state(made)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+    return {name: tensor.contiguous() for name, tensor in made.items()}
+
+
+def diffusers_state(bfl: Mapping[str, torch.Tensor]) -> State:
+    """What diffusers' own converter makes of BFL's layout."""
+    converted: State = convert_flux2_transformer_checkpoint_to_diffusers(dict(bfl))
+    return {name: tensor.contiguous() for name, tensor in converted.items()}
+
+
+def with_transformer(folder: Path, source: Path, state: Mapping[str, torch.Tensor]) -> Path:
+    """A copy of a diffusers folder with another transformer's values, in fp32."""
+    shutil.copytree(source, folder)
+    for path in (folder / "transformer").glob("*.safetensors*"):
+        path.unlink()
+    values = {name: tensor.float().contiguous() for name, tensor in state.items()}
+    save_file(values, folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    return folder
+
+
+def prefixed(state: Mapping[str, torch.Tensor]) -> State:
+    return {COMFY_PREFIX + name: tensor for name, tensor in state.items()}
+
+
+def is_linear(name: str, tensor: torch.Tensor) -> bool:
+    """The weights that releases quantize: those of the blocks' Linears."""
+    return "blocks." in name and tensor.ndim == 2
+
+
+# --- fp8 ------------------------------------------------------------------------------------------------------------
+
+
+def fp8_state(bfl: Mapping[str, torch.Tensor], *, by_row: bool, ending: str, beside: str | None) -> tuple[State, State]:
+    """e4m3 with scales, and what it decodes to in fp32: weight * scale, as `BFLQuantizationConfig` and ComfyUI have it.
+
+    Args:
+        by_row: one scale a row (shape (rows,)), else one for the tensor (shape ()).
+        ending: of the scale's name after the Linear's.
+        beside: ending of an activation scale's name, which readers of weights ignore.
+    """
+    stored: State = {}
+    decoded: State = {}
+    for name, tensor in bfl.items():
+        if not is_linear(name, tensor):
+            stored[name] = tensor
+            decoded[name] = tensor.float()
+            continue
+        largest = tensor.float().abs()
+        scale = (largest.amax(dim=1) if by_row else largest.amax()) / FP8_MAX
+        factor = scale[:, None] if by_row else scale
+        stored[name] = (tensor.float() / factor).to(torch.float8_e4m3fn)
+        stored[name.removesuffix(".weight") + ending] = scale
+        if beside is not None:
+            stored[name.removesuffix(".weight") + beside] = torch.tensor(1.0)
+        decoded[name] = stored[name].float() * factor
+    return stored, decoded
+
+
+# --- GGUF -----------------------------------------------------------------------------------------------------------
+
+
+def random_blocks(kind: gguf.GGMLQuantizationType, rows: int, columns: int, seed: int) -> np.ndarray[Any, Any]:
+    """Random blocks of a K-quant, which gguf-py cannot make, (rows, bytes): their fp16 scales are small numbers."""
+    weights, size = gguf.GGML_QUANT_SIZES[kind]
+    generator = np.random.default_rng(seed)
+    blocks = generator.integers(0, 256, (rows * columns // weights, size), dtype=np.uint8)
+    places = {"Q6_K": (size - 2,)}.get(kind.name, (0, 2))
+    for place in places:
+        scales = generator.uniform(0.00005, 0.0002, len(blocks)).astype(np.float16)
+        blocks[:, place : place + 2] = scales.view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(rows, -1)
+
+
+def write_gguf(
+    path: Path, bfl: Mapping[str, torch.Tensor], kind: str, *, architecture: str = "flux", prefix: str = ""
+) -> State:
+    """Write a GGUF file with the blocks' Linears in ``kind``, other matrices in BF16 or F16, vectors in F32.
+
+    Returns:
+        What it holds, decoded by gguf-py in fp32.
+    """
+    writer = gguf.GGUFWriter(path, architecture)
+    decoded: State = {}
+    for number, (name, tensor) in enumerate(bfl.items()):
+        values = tensor.float().numpy()
+        quantized = gguf.GGMLQuantizationType[kind]
+        if tensor.ndim == 1:
+            quantized = gguf.GGMLQuantizationType.F32
+        elif not is_linear(name, tensor):
+            quantized = gguf.GGMLQuantizationType.BF16 if number % 2 else gguf.GGMLQuantizationType.F16
+        if kind.endswith("_K") and quantized.name == kind:
+            stored = random_blocks(quantized, *values.shape, seed=number)
+        else:
+            stored = gguf.quants.quantize(values, quantized)
+        writer.add_tensor(prefix + name, stored, raw_dtype=quantized)
+        decoded[name] = torch.from_numpy(np.array(gguf.quants.dequantize(stored, quantized), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return decoded
+
+
+def write_wide(folder: Path, source: Path) -> Path:
+    """A copy of a tiny folder whose transformer is 256 wide: K-quants come in blocks of 256 weights."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    asked = {key: value for key, value in config.items() if not key.startswith("_")}
+    transformer = Flux2Transformer2DModel(
+        **{**asked, "num_attention_heads": 8, "num_layers": 1, "num_single_layers": 2}
+    )
+    tiny._randomize(transformer, 1, tiny._transformer_gain)
+    for path in (folder / "transformer").iterdir():
+        path.unlink()
+    transformer.save_pretrained(folder / "transformer")
+    return folder
