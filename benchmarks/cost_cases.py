@@ -10,7 +10,7 @@ from functools import cache
 from lowmem_flux2.planning.cost import stage_cost
 from lowmem_flux2.planning.hardware import load_profile
 from lowmem_flux2.planning.models import ModelSpec
-from lowmem_flux2.planning.plan import STAGES, Placement, Stage, StagePlan
+from lowmem_flux2.planning.plan import COMPONENT_OF, ONE_BY_ONE, Placement, Stage, StagePlan, stages_of
 from lowmem_flux2.planning.sources import ModelSource, resolve_model
 from lowmem_flux2.planning.tiles import TILE_SIDES_PX
 from lowmem_flux2.planning.workload import Workload
@@ -22,7 +22,6 @@ PLACEMENTS = ("resident", "pinned", "disk", "mixed")
 CHUNKS = (0,)
 TILES = (0, *TILE_SIDES_PX)
 MIXED = (Placement.GPU, Placement.PINNED, Placement.PAGEABLE, Placement.DISK, Placement.GPU)
-COMPONENTS = {"encode": "text_encoder", "denoise": "transformer", "decode": "vae"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +30,7 @@ class Case:
 
     Args:
         batches: batches of ``batch`` images; a prompt each.
-        references: tokens of all reference images of a picture.
+        references: tokens of all reference images of a picture; each is of 512 px, as far as they are whole ones.
         weight_format: of the blocks; ``plain`` is the compute dtype.
         is_cut: the text encoder's last tapped state is not its last, so its final norm is not needed.
     """
@@ -65,6 +64,7 @@ class Case:
             num_prompts=self.batch * self.batches,
             num_images=self.batch * self.batches,
             guidance_passes=2 if "base" in self.model else 1,
+            references=((512, 512),) * (self.references // 1024),
         )
 
 
@@ -73,7 +73,7 @@ def compare_case(case: Case) -> Iterator[Comparison]:
     source = _source(case.model)
     hardware = load_profile("cpu" if case.device == "cpu" else "rtx-3090-24gb")
     model = source.spec if case.is_cut else _uncut(source.spec)
-    for name in STAGES:
+    for name in stages_of(case.workload):
         bare = _stage(case, name, model)
         stage = replace(bare, cost=stage_cost(bare, model, case.workload, hardware))
         yield compare_stage(stage, case.workload, model, source.configs, on_host=case.device == "cpu")
@@ -90,7 +90,7 @@ def _uncut(model: ModelSpec) -> ModelSpec:
 
 
 def _stage(case: Case, name: Stage, model: ModelSpec) -> StagePlan:
-    blocks = {"encode": model.text_encoder.layers_used, "denoise": len(model.transformer.blocks), "decode": 0}[name]
+    blocks = {"encode": model.text_encoder.layers_used, "denoise": len(model.transformer.blocks)}.get(name, 0)
     placements = {
         "resident": (Placement.GPU,) * blocks,
         "pinned": (Placement.PINNED,) * blocks,
@@ -98,10 +98,10 @@ def _stage(case: Case, name: Stage, model: ModelSpec) -> StagePlan:
         "mixed": tuple(MIXED[index % len(MIXED)] for index in range(blocks)),
     }[case.placement]
     is_streamed = any(placement is not Placement.GPU for placement in placements)
-    plain = case.weight_format == "plain" or name == "decode"
+    plain = case.weight_format == "plain" or name in ONE_BY_ONE
     return StagePlan(
         stage=name,
-        component=COMPONENTS[name],  # type: ignore[arg-type]
+        component=COMPONENT_OF[name],
         weight_format=case.dtype if plain else case.weight_format,
         compute_dtype=case.dtype,
         block_placements=placements,
@@ -109,9 +109,9 @@ def _stage(case: Case, name: Stage, model: ModelSpec) -> StagePlan:
         prefetch_depth=case.slots - 1 if is_streamed else 0,
         slots=case.slots if is_streamed else 0,
         chunk_tokens=case.chunk if name == "denoise" else 0,
-        tile_px=case.tile if name == "decode" and case.tile < max(case.size) else 0,
+        tile_px=case.tile if name in ONE_BY_ONE and case.tile < (512 if name == "reference" else max(case.size)) else 0,
         step_cache="off",
-        batch_size=1 if name == "decode" else case.batch,
+        batch_size=1 if name in ONE_BY_ONE else case.batch,
     )
 
 

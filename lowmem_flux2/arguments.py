@@ -11,6 +11,7 @@ from lowmem_flux2.flags import FitFlags, RequestFlags
 from lowmem_flux2.planning.job import Machine, resolve_machine
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.planner import Selection
+from lowmem_flux2.planning.references import STOCK_BOUND_PX, references_of
 from lowmem_flux2.planning.sources import EMBEDDED, ModelSource, resolve_model
 from lowmem_flux2.planning.workload import Request, make_request
 from lowmem_flux2.units import parse_bytes
@@ -55,10 +56,9 @@ def resolve(
 
     Args:
         cache: the cache folder as it was given.
-        without_prompt: stands for a prompt where only the size of the work matters.
+        without_prompt: stands for a prompt where only the size of the work matters; then sizes may stand for
+            reference images too.
     """
-    if flags.image:
-        raise UsageError("--image: reference images are not in this version; leave the flag out")
     model = flags.model or EMBEDDED
     source = resolve_model(
         model,
@@ -68,6 +68,10 @@ def resolve(
         vae=flags.vae,
         cache=cache,
     )
+    if flags.image_size is not None and not flags.image:
+        raise UsageError("--image-size bounds reference images: give --image, or leave it out")
+    bound = STOCK_BOUND_PX if flags.image_size is None else flags.image_size
+    references = references_of(flags.image or (), source.spec.size_multiple, bound, may_be_sizes=bool(without_prompt))
     request = make_request(
         source.spec,
         prompts or ((without_prompt,) if without_prompt else ()),
@@ -78,6 +82,7 @@ def resolve(
         guidance_scale=flags.guidance,
         num_images_per_prompt=1 if flags.num_images is None else flags.num_images,
         max_sequence_length=flags.max_sequence_length,
+        references=references,
     )
     if flags.revision is not None and source.kind != "hub":
         raise UsageError(f"--revision {flags.revision}: {model} is not on the hub; leave the flag out")

@@ -20,7 +20,7 @@ from lowmem_flux2.planning.flops import compute_rate, decode_flops
 from lowmem_flux2.planning.hardware import Hardware, profile_text, value_of, with_value
 from lowmem_flux2.planning.identity import Identity
 from lowmem_flux2.planning.nvml import NvmlCard, card_processes
-from lowmem_flux2.planning.plan import STAGES, Stage
+from lowmem_flux2.planning.plan import EVERY_STAGE, Stage
 from lowmem_flux2.planning.profile_file import parse_file, rate_text
 from lowmem_flux2.planning.sources import shipped_configs
 from lowmem_flux2.report import Report, read_report, write_atomically
@@ -276,7 +276,7 @@ def _errors(before: Mapping[Stage, Accuracy], after: Mapping[Stage, Accuracy]) -
     table = Table(show_edge=False, pad_edge=False, title="predicted / measured", title_justify="left")
     for heading in ("stage", "runs", "median before", "after", "worst before", "after"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
-    for stage in (stage for stage in STAGES if stage in before):
+    for stage in (stage for stage in EVERY_STAGE if stage in before):
         was, now = before[stage], after[stage]
         figures: Sequence[float] = (was.median, now.median, was.worst, now.worst)
         table.add_row(stage, str(was.count), *(f"{figure:.2f}" for figure in figures))

@@ -27,6 +27,7 @@ class RequestFlags:
     negative_prompt: opt.Negative = None
     max_sequence_length: opt.Length = None
     image: opt.References = None
+    image_size: opt.ImageSize = None
     revision: opt.Revision = None
     offline: opt.Offline = False
 

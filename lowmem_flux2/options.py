@@ -79,7 +79,20 @@ Length = Annotated[
     typer.Option(help="Text tokens, padded to exactly this many. Default: the model's.", rich_help_panel=ASK),
 ]
 References = Annotated[
-    list[Path] | None, typer.Option("--image", help="Reference image; not in this version.", rich_help_panel=ASK)
+    list[str] | None,
+    typer.Option(
+        "--image",
+        metavar="FILE",
+        help="Reference image; repeat for up to 10, in the order that the prompt counts them. 'plan' takes WxH too.",
+        rich_help_panel=ASK,
+    ),
+]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Reference images are reduced to at most this many pixels squared, 64 to 2048. Default: 1024.",
+        rich_help_panel=ASK,
+    ),
 ]
 ProfileName = Annotated[
     str,

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from lowmem_flux2.planning.cost import READ_BUFFER_BYTES
 from lowmem_flux2.planning.models import ModelSpec
-from lowmem_flux2.planning.plan import Plan, StageCost, StagePlan
+from lowmem_flux2.planning.plan import Plan, StagePlan
+from lowmem_flux2.planning.stage_cost import StageCost
 from lowmem_flux2.planning.workload import Workload
 from lowmem_flux2.runtime.simulate import SimulatedStage, simulate_stage
 from lowmem_flux2.units import format_bytes

@@ -232,6 +232,49 @@ def _decoder_elements(vae: VaeSpec, width: int, height: int) -> int:
     return peak + vae.latent_channels * (width // vae.spatial_factor) * (height // vae.spatial_factor)
 
 
+def _encoder_elements(vae: VaeSpec, width: int, height: int) -> int:
+    """Peak elements of encoding one tile, or picture, of ``width x height`` pixels; the picture itself apart.
+
+    The levels of ``_decoder_elements`` from the picture down to the latents. While a level's later resnet ends, the
+    level's input is still there. The downsampler pads its input to a copy of it.
+    """
+    widths = vae.block_out_channels
+    peak = 0
+    for level, channels_out in enumerate(widths):
+        channels_in = widths[max(level - 1, 0)]
+        pixels = (width >> level) * (height >> level)
+        peak = max(peak, pixels * max(3 * channels_in, channels_in + 4 * channels_out))
+    return peak
+
+
+def reference_activation_bytes(vae: VaeSpec, sizes: Sequence[tuple[int, int]], tile_px: int, dtype_bytes: int) -> int:
+    """Peak of encoding pictures of these (width, height), one after another, each moved off the device before the next.
+
+    Tiled, the moments of all finished tiles lie there, at 1/8 of the side: little beside the tile that is encoded.
+    """
+    peak = 0
+    for width, height in sizes:
+        picture = vae.in_channels * width * height
+        tile_w, tile_h, finished = width, height, 0
+        if tile_px and max(width, height) > tile_px:
+            tile_w, tile_h = min(width, tile_px), min(height, tile_px)
+            down, across = (sum(length for _, length in tile_starts(side, tile_px)) for side in (height, width))
+            finished = 2 * vae.latent_channels * down * across
+        peak = max(peak, picture + finished + _encoder_elements(vae, tile_w, tile_h))
+    return peak * dtype_bytes
+
+
+def reference_host_bytes(vae: VaeSpec, workload: Workload, dtype_bytes: int, on_host: bool) -> int:
+    """What the host holds while reference images are encoded: all of them in 8 bits, the latents of all, and beside a
+    GPU the one that goes there in fp32; or in the end the latents twice, when they are joined."""
+    values = [vae.in_channels * width * height for width, height in workload.references]
+    latents = workload.reference_tokens * vae.packed_channels * dtype_bytes
+    ids = workload.reference_tokens * 4 * INT64_BYTES
+    if on_host:  # where it is an activation
+        return sum(values) + latents
+    return sum(values) + max(2 * (latents + ids), latents + max(values) * FP32_BYTES)
+
+
 def decode_activation_bytes(vae: VaeSpec, workload: Workload, tile_px: int, dtype_bytes: int) -> int:
     """Peak of decoding all images, one after another.
 

@@ -75,6 +75,7 @@ def _changes(asked: Change, profile: str, most: Limits | None) -> Iterator[Chang
             free = free.with_choice(name, default)
     yield free
     yield from _sizes(free)
+    yield from _small_references(free)
     yield from _budgets(free, profile, most)
     yield free.with_one_image()
     yield free.with_short_text()
@@ -83,6 +84,7 @@ def _changes(asked: Change, profile: str, most: Limits | None) -> Iterator[Chang
     yield from others
     for one in (free, *others):
         least = one.with_one_image().with_short_text()
+        least = next(iter([*_small_references(least)][-1:]), least)
         if one.workload.width * one.workload.height > SIDES_PX[-1] ** 2:
             least = least.smaller(SIDES_PX[-1])
         yield least
@@ -99,6 +101,12 @@ def _sizes(one: Change) -> Iterator[Change]:
     for side in SIDES_PX:
         if side * side < one.workload.width * one.workload.height:
             yield one.smaller(side)
+
+
+def _small_references(one: Change) -> Iterator[Change]:
+    for side in SIDES_PX:
+        if any(side * side < width * height for width, height in one.workload.references):
+            yield one.with_small_references(side)
 
 
 def _budgets(one: Change, profile: str, most: Limits | None) -> Iterator[Change]:

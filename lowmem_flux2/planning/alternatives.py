@@ -18,7 +18,7 @@ from lowmem_flux2.planning.candidates import Job, fits
 from lowmem_flux2.planning.cost import block_sizes
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.objective import effort, fidelity_error, time_then_effort
-from lowmem_flux2.planning.plan import Placement, Plan, Stage, StagePlan
+from lowmem_flux2.planning.plan import ONE_BY_ONE, Placement, Plan, Stage, StagePlan, stages_of
 from lowmem_flux2.planning.planner import options_of
 from lowmem_flux2.planning.reasons import peak, shortfall_of
 from lowmem_flux2.planning.residency import residency_order
@@ -114,7 +114,7 @@ def alternatives_of(plan: Plan, model: ModelSpec, selection: Selection, support:
 def _front(job: Job) -> Iterator[FrontPoint]:
     """Over all formats: for each peak the fastest run, of those that nothing beats; highest peak first."""
     step = max(_budget(job) // FRONT_STEPS, 1)
-    stages = {name: _stage_fronts(job, name, step) for name in ("encode", "denoise", "decode")}
+    stages = {name: _stage_fronts(job, name, step) for name in stages_of(job.workload)}
     points = []
     for fronts in product(*stages.values()):
         for cap in sorted({_peak(stage) for front in fronts for stage in front}):
@@ -134,14 +134,14 @@ def _front(job: Job) -> Iterator[FrontPoint]:
 
 def _stage_fronts(job: Job, name: Stage, step: int) -> list[list[StagePlan]]:
     """For each fidelity of a stage, its plans from the fastest down to the least memory."""
-    if name == "decode":
-        return [[stage for stage in job.decodes() if fits(stage, job.limits)]]
+    if name in ONE_BY_ONE:
+        return [[stage for stage in job.tilings(name) if fits(stage, job.limits)]]
     options = options_of(job, name, time_then_effort)
     return [list(map(job.priced, option.search.front(step))) for option in options]
 
 
 def _point(stages: Sequence[StagePlan]) -> FrontPoint:
-    encode, denoise, decode = stages
+    encode, *_, denoise, decode = stages
     return FrontPoint(
         peak_vram_bytes=max(stage.cost.peak_vram_bytes for stage in stages),
         peak_ram_bytes=max(stage.cost.peak_ram_bytes for stage in stages),
@@ -210,7 +210,7 @@ def _why(chosen: StagePlan, other: StagePlan, job: Job) -> str:
 
 def _other_formats(chosen: StagePlan, job: Job) -> Iterator[tuple[str, StagePlan]]:
     """The best in the next better and the next coarser format; of what does not fit, what needs least."""
-    if chosen.stage == "decode":
+    if chosen.stage in ONE_BY_ONE:
         return
     options = options_of(job, chosen.stage, effort)
     names = [option.weight_format for option in options]
@@ -229,8 +229,8 @@ def _other_formats(chosen: StagePlan, job: Job) -> Iterator[tuple[str, StagePlan
 
 def _neighbours(chosen: StagePlan, job: Job) -> Iterator[tuple[str, StagePlan]]:
     """The same in one thing other: a tier, a slot, the chunks, the batch, the tiles."""
-    if chosen.stage == "decode":
-        tiles = [stage.tile_px for stage in job.decodes()]
+    if chosen.stage in ONE_BY_ONE:
+        tiles = [stage.tile_px for stage in job.tilings(chosen.stage)]
         at = tiles.index(chosen.tile_px)
         for px in (*tiles[:at][-1:], *tiles[at + 1 :][:1]):
             yield (f"tiles of {px} px" if px else "untiled"), replace(chosen, tile_px=px)

@@ -8,11 +8,11 @@ from itertools import accumulate, pairwise
 from lowmem_flux2.planning.cost import (
     READ_BUFFER_BYTES,
     StageWork,
-    passages,
     stage_work,
 )
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
+from lowmem_flux2.planning.passages import passages
 from lowmem_flux2.planning.plan import Placement, Plan, StagePlan
 from lowmem_flux2.planning.timeline import ROUNDS_SIMULATED, Span, simulate
 from lowmem_flux2.units import GIB, format_seconds

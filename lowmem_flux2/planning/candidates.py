@@ -11,12 +11,12 @@ from lowmem_flux2.planning.formats import FORMATS, PLAIN_FORMATS
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.objective import time_then_effort, time_then_effort_of
-from lowmem_flux2.planning.plan import Limits, Placement, Stage, StagePlan
+from lowmem_flux2.planning.plan import ONE_BY_ONE, Limits, Placement, Stage, StagePlan
 from lowmem_flux2.planning.residency import Variant
 from lowmem_flux2.planning.search import Search, cuts
 from lowmem_flux2.planning.selection import Selection, compute_dtype, runs_on
 from lowmem_flux2.planning.support import Support
-from lowmem_flux2.planning.tiles import TILE_SIDES_PX, tile_is_sound
+from lowmem_flux2.planning.tiles import TILE_SIDES_PX, tiles_are_sound
 from lowmem_flux2.planning.workload import Workload
 
 CHUNK_TOKENS = (0, 2048, 512)
@@ -80,21 +80,25 @@ class Job:
         ]
         return [tuple(self._variant(replace(bare, chunk_tokens=chunk)) for chunk in chunks) for bare in bares]
 
-    def decodes(self) -> list[StagePlan]:
-        """The decode stage untiled, and in each tile that leaves no sliver; or as the user fixed it. Priced."""
+    def tilings(self, stage: Stage) -> list[StagePlan]:
+        """A stage of the VAE untiled, and in each tile that leaves no sliver; or as the user fixed it. Priced."""
         dtype = compute_dtype(self.selection, self.hardware)
-        width, height, fixed = self.workload.width, self.workload.height, self.selection.vae_tile
+        work, fixed = self.workload, self.selection.vae_tile
+        sizes = work.references if stage == "reference" else ((work.width, work.height),)
+        largest = max(side for size in sizes for side in size)
         if fixed == "auto":
-            tiles = [0, *(px for px in TILE_SIDES_PX if tile_is_sound(width, height, px))]
+            tiles = [0, *(px for px in TILE_SIDES_PX if px < largest and tiles_are_sound(sizes, px))]
         else:
             px = 0 if fixed == "off" else int(fixed)
-            tiles = [px if px < max(width, height) else 0]
-        return [self.priced(replace(StagePlan.bare("decode", dtype, dtype), tile_px=tile)) for tile in tiles]
+            tiles = [px if px < largest else 0]
+        return [self.priced(replace(StagePlan.bare(stage, dtype, dtype), tile_px=tile)) for tile in tiles]
 
     def best(self, stage: Stage, accept: Callable[[StagePlan], bool]) -> StagePlan | None:
         """The fastest plan that fits, priced, among the variants that ``accept`` takes; None where none fits."""
-        if stage == "decode":
-            fitting = [candidate for candidate in self.decodes() if accept(candidate) and fits(candidate, self.limits)]
+        if stage in ONE_BY_ONE:
+            fitting = [
+                candidate for candidate in self.tilings(stage) if accept(candidate) and fits(candidate, self.limits)
+            ]
             return min(fitting, key=time_then_effort_of, default=None)
         families = [[variant for variant in family if accept(variant.bare)] for family in self.families(stage)]
         found = Search(filter(None, families), self.selection.placement, self.limits, time_then_effort).run()
@@ -111,8 +115,8 @@ class Job:
 
     def least(self, stage: Stage, families: Sequence[Family] | None = None) -> Iterator[Least]:
         """What each variant needs at the least at each number of residents, whether or not that is there."""
-        if stage == "decode":
-            for candidate in self.decodes():
+        if stage in ONE_BY_ONE:
+            for candidate in self.tilings(stage):
                 yield Least(candidate.cost.peak_vram_bytes, candidate.cost.peak_ram_bytes, 0)
             return
         placement = self.selection.placement

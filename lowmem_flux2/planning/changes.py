@@ -11,10 +11,11 @@ from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.planner import make_plan
+from lowmem_flux2.planning.references import reduced
 from lowmem_flux2.planning.selection import Selection, with_ram_for
 from lowmem_flux2.planning.sources import shipped_configs
 from lowmem_flux2.planning.support import Support
-from lowmem_flux2.planning.workload import Workload, guidance_passes
+from lowmem_flux2.planning.workload import Workload, guidance_passes, token_counts
 from lowmem_flux2.units import GIB, MIB
 
 DETECTED = "auto"
@@ -32,6 +33,13 @@ class Change:
     def smaller(self, side: int) -> Change:
         tokens = (side // self.model.size_multiple) ** 2
         return replace(self, workload=replace(self.workload, width=side, height=side, image_tokens=tokens))
+
+    def with_small_references(self, bound_px: int) -> Change:
+        """Reference images of at most so many pixels squared; the picture's own size is kept."""
+        multiple = self.model.size_multiple
+        sizes = tuple(reduced(*size, multiple, bound_px) for size in self.workload.references)
+        tokens = sum(token_counts(sizes, multiple))
+        return replace(self, workload=replace(self.workload, references=sizes, reference_tokens=tokens))
 
     def with_ram(self, size_bytes: int) -> Change:
         hardware = with_ram_for(self.hardware, size_bytes)
@@ -64,12 +72,13 @@ class Change:
     def command(self, profile: str) -> str:
         """What plans just this on the command line; prompts apart, as only their number matters."""
         work, defaults, selection = self.workload, self.model.defaults, self.selection
+        width, height = work.references[0] if work.references else (defaults.width, defaults.height)
         words = ["lowmem-flux2", "plan", "-m", self.model.source, "--profile", profile]
         if self.hardware.device == "cpu" and profile == DETECTED:
             words += ["--device", "cpu"]
         for flag, value, default in (
-            ("-W", work.width, defaults.width),
-            ("-H", work.height, defaults.height),
+            ("-W", work.width, width),
+            ("-H", work.height, height),
             ("--steps", work.steps, defaults.num_inference_steps),
             ("--num-images", work.num_images, 1),
             ("--max-sequence-length", work.text_tokens, defaults.max_sequence_length),
@@ -84,6 +93,8 @@ class Change:
         ):
             if value != default:
                 words += [flag, str(value)]
+        for reference in work.references:
+            words += ["--image", "{}x{}".format(*reference)]
         if work.guidance_passes != guidance_passes(self.model, defaults.guidance_scale):
             words += ["--guidance", "1" if work.guidance_passes == 1 else "4"]
         for flag, cap in (("--max-vram", selection.max_vram_bytes), ("--max-ram", selection.max_ram_bytes)):

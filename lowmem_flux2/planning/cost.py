@@ -7,7 +7,6 @@ to the byte and the nanosecond.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
@@ -17,29 +16,38 @@ from lowmem_flux2.planning.activations import (
     decode_host_bytes,
     denoise_activation_bytes,
     encode_activation_bytes,
+    reference_activation_bytes,
+    reference_host_bytes,
 )
 from lowmem_flux2.planning.batches import batch_sizes, batches_a_pass
 from lowmem_flux2.planning.flops import (
     CHUNK_OVERHEADS,
     DECODER_OVERHEADS,
+    ENCODER_OVERHEADS,
     STEP_OVERHEADS,
     block_flops,
     compute_rate,
     compute_seconds,
     decode_flops,
+    encode_picture_flops,
     layer_flops,
 )
 from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
-from lowmem_flux2.planning.plan import Placement, StageCost, StagePlan
+from lowmem_flux2.planning.passages import Tiers, passages, tiers_of
+from lowmem_flux2.planning.plan import ONE_BY_ONE, Placement, StagePlan
+from lowmem_flux2.planning.stage_cost import StageCost
 from lowmem_flux2.planning.tiles import tiled_pixels_ratio
-from lowmem_flux2.planning.timeline import ROUNDS_SIMULATED, Passage, Timeline, Way, nanoseconds, simulate
+from lowmem_flux2.planning.timeline import ROUNDS_SIMULATED, Timeline, nanoseconds, simulate
 from lowmem_flux2.planning.workload import Workload
 from lowmem_flux2.units import MIB
 
 READ_BUFFER_BYTES = 16 * MIB
 """Values are converted from the stored dtype in pieces of this size (``runtime.checkpoint.CONVERT_BYTES``)."""
+
+REFERENCE_ID_BYTES = 4 * 8
+"""Of a reference token on the host: its position along four axes, in 64 bits each."""
 
 
 def margin_bytes(overhead_bytes: int, activation_bytes: int, resident_bytes: int) -> int:
@@ -107,6 +115,8 @@ def stage_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardware:
         return _encode_work(stage, model, workload, hardware)
     if stage.stage == "denoise":
         return _denoise_work(stage, model, workload, hardware)
+    if stage.stage == "reference":
+        return _reference_work(stage, model, workload, hardware)
     return _decode_work(stage, model, workload, hardware)
 
 
@@ -122,7 +132,7 @@ def _before_weights(hardware: Hardware) -> _BeforeWeights:
 def block_sizes(stage: StagePlan, model: ModelSpec) -> list[int]:
     """Stored bytes of each block of the stage's component in its weight format, in the order of use."""
     fmt, dtype_bytes = FORMATS[stage.weight_format], DTYPE_BYTES[stage.compute_dtype]
-    if stage.stage == "decode":
+    if stage.stage in ONE_BY_ONE:
         return []
     if stage.stage == "encode":
         return [fmt.block_bytes(model.text_encoder.layer, dtype_bytes)] * model.text_encoder.layers_used
@@ -145,6 +155,7 @@ def _denoise_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwa
     text_input = passes * workload.text_tokens * dims.joint_dim * dtype_bytes
     largest_embedder = max(6 * dims.hidden_size, dims.joint_dim) * dims.hidden_size
     noise = workload.num_images * workload.image_tokens * dims.in_channels * dtype_bytes
+    references = workload.reference_tokens * (dims.in_channels * dtype_bytes + REFERENCE_ID_BYTES)
     return StageWork(
         block_bytes=tuple(block_sizes(stage, model)),
         compute_ns=(double_ns,) * dims.num_double + (single_ns,) * dims.num_single,
@@ -156,7 +167,7 @@ def _denoise_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwa
         once_bytes=fmt.plain_bytes(dims.conditioning_weights, dtype_bytes)
         + conditioning_peak_bytes(model, workload, batch, dtype_bytes),
         passing_bytes=fmt.plain_bytes(largest_embedder, dtype_bytes),
-        host_bytes=workload.num_images * text_input + noise,
+        host_bytes=workload.num_images * text_input + noise + references,
         result_bytes=2 * noise,  # each batch's, and all joined
     )
 
@@ -195,6 +206,27 @@ def _encode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
     )
 
 
+def _reference_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardware: Hardware) -> StageWork:
+    """A round is one reference image; of several sizes, one of the mean time."""
+    fmt, vae = FORMATS[stage.weight_format], model.vae
+    dtype_bytes = DTYPE_BYTES[stage.compute_dtype]
+    flops = sum(
+        encode_picture_flops(vae, *size) * tiled_pixels_ratio(*size, stage.tile_px) for size in workload.references
+    )
+    rate = hardware.convolution_share * compute_rate(hardware, stage.compute_dtype)
+    count = len(workload.references)
+    return StageWork(
+        block_bytes=(),
+        compute_ns=(),
+        between_ns=nanoseconds(flops / count / rate + ENCODER_OVERHEADS * hardware.block_overhead_s, 1),
+        rounds=count,
+        **_before_weights(hardware),
+        kept_bytes=fmt.plain_bytes(vae.encoder_weights, dtype_bytes),
+        activation_bytes=reference_activation_bytes(vae, workload.references, stage.tile_px, dtype_bytes),
+        result_bytes=reference_host_bytes(vae, workload, dtype_bytes, hardware.device == "cpu"),
+    )
+
+
 def _decode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardware: Hardware) -> StageWork:
     fmt, vae = FORMATS[stage.weight_format], model.vae
     dtype_bytes = DTYPE_BYTES[stage.compute_dtype]
@@ -220,43 +252,6 @@ def _decode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
 
 
 # ------------------------------------------------------------------------------------------------ what that costs
-
-
-class Tiers(NamedTuple):
-    """Bytes of the blocks at each placement, of the largest resident block and of all slots.
-
-    ``ring`` is the pinned ring that disk blocks pass through on a GPU.
-    """
-
-    gpu: int
-    pinned: int
-    pageable: int
-    disk: int
-    largest_resident: int
-    slots: int
-    ring: int
-
-
-def tiers_of(stage: StagePlan, sizes: Sequence[int], on_host: bool) -> Tiers:
-    at = dict.fromkeys(Placement, 0)
-    resident = streamed = 0
-    for placement, size in zip(stage.block_placements, sizes, strict=True):
-        at[placement] += size
-        if placement is Placement.GPU:
-            resident = max(resident, size)
-        else:
-            streamed = max(streamed, size)
-    slots = stage.slots * streamed
-    ring = slots if at[Placement.DISK] and not on_host else 0
-    return Tiers(
-        gpu=at[Placement.GPU],
-        pinned=at[Placement.PINNED],
-        pageable=at[Placement.PAGEABLE],
-        disk=at[Placement.DISK],
-        largest_resident=resident,
-        slots=slots,
-        ring=ring,
-    )
 
 
 class DeviceBytes(NamedTuple):
@@ -304,32 +299,6 @@ def load_ns(work: StageWork, tiers: Tiers, hardware: Hardware) -> int:
         busy = max(busy, nanoseconds(to_device, hardware.h2d_pageable_bytes_per_s))
         busy += nanoseconds(tiers.pinned + tiers.ring, hardware.pin_bytes_per_s)
     return busy + nanoseconds(hardware.stage_setup_s, 1)
-
-
-def passage(placement: Placement, block_bytes: int, hardware: Hardware) -> Passage:
-    """How one block comes to the compute device from where it rests, and how long each part takes.
-
-    On a GPU a disk block is read into the pinned ring and copied from there. On a CPU the worker thread brings every
-    block: it copies those in RAM, and reads those on disk right into their slot.
-    """
-    if placement is Placement.GPU:
-        return Passage(Way.RESIDENT, 0, 0)
-    read = nanoseconds(block_bytes, hardware.disk_read_bytes_per_s)
-    pageable = nanoseconds(block_bytes, hardware.h2d_pageable_bytes_per_s)
-    if hardware.device == "cpu":
-        return Passage(Way.PAGEABLE, 0, read if placement is Placement.DISK else pageable)
-    if placement is Placement.PAGEABLE:
-        return Passage(Way.PAGEABLE, 0, pageable)
-    copy = nanoseconds(block_bytes, hardware.h2d_pinned_bytes_per_s)
-    if placement is Placement.PINNED:
-        return Passage(Way.PINNED, 0, copy)
-    return Passage(Way.DISK, read, copy)
-
-
-def passages(stage: StagePlan, sizes: Sequence[int], hardware: Hardware) -> list[Passage]:
-    """One for each block, in the order of use."""
-    ways = {pair: passage(*pair, hardware) for pair in set(zip(stage.block_placements, sizes, strict=True))}
-    return [ways[pair] for pair in zip(stage.block_placements, sizes, strict=True)]
 
 
 def stage_timeline(stage: StagePlan, work: StageWork, hardware: Hardware) -> Timeline:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -10,8 +11,10 @@ from rich.text import Text
 
 from lowmem_flux2.planning.bars import bar, device_parts, host_parts, legend, step_lanes
 from lowmem_flux2.planning.batches import batch_sizes
+from lowmem_flux2.planning.cost import stage_cost
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Placement, Plan
+from lowmem_flux2.planning.workload import token_counts
 from lowmem_flux2.units import GIB, format_bytes, format_seconds
 
 BOTTLENECK_WORDS = {"compute": "compute", "link": "h2d link", "disk": "disk", "load": "loading"}
@@ -26,10 +29,10 @@ def explain(plan: Plan, model: ModelSpec, improvements: Sequence[str] = ()) -> R
     lines = [*_bars(plan), Text(), *map(Text, step_lanes(plan, model)), Text(), *_reasons(plan)]
     if improvements:
         lines.append(Text("what would help: " + "; ".join(improvements), style="bold"))
-    return Group(_headline(plan), Text(), _stages(plan), Text(), *lines)
+    return Group(_headline(plan, model), Text(), _stages(plan), Text(), *lines)
 
 
-def _headline(plan: Plan) -> Text:
+def _headline(plan: Plan, model: ModelSpec) -> Text:
     work = plan.workload
     text = Text()
     text.append(f"{plan.model} on {plan.profile}", style="bold")
@@ -50,6 +53,8 @@ def _headline(plan: Plan) -> Text:
     if not plan.decodes_only:
         promise.append(f"weight error {plan.fidelity_error:.2g}" if plan.fidelity_error else "weights exact")
     text.append("predicted: " + ", ".join(promise))
+    if plan.workload.references and not plan.decodes_only:
+        text.append(f"\n{reference_words(plan, model)}")
     if plan.preparations:
         made = " and ".join(f"{each.component} in {each.weight_format}" for each in plan.preparations)
         written = format_bytes(sum(each.write_bytes for each in plan.preparations))
@@ -59,6 +64,24 @@ def _headline(plan: Plan) -> Text:
     for missing in plan.not_executable:
         text.append(f"\nthis version cannot run it yet: {missing}", style="bold red")
     return text
+
+
+def reference_words(plan: Plan, model: ModelSpec) -> str:
+    """What each reference image costs: its tokens, and what all of them add to a step and to its activations."""
+    work, stage = plan.workload, plan.stage("denoise")
+    counts = token_counts(work.references, model.size_multiple)
+    each = ", ".join(
+        f"{width}x{height} {tokens} tokens" for (width, height), tokens in zip(work.references, counts, strict=True)
+    )
+    plural = "s" if len(counts) > 1 else ""
+    without = stage_cost(stage, model, replace(work, references=(), reference_tokens=0), plan.hardware)
+    step, bare = (format_seconds(cost.compute_s / work.steps) for cost in (stage.cost, without))
+    live, alone = (format_bytes(cost.activation_bytes) for cost in (stage.cost, without))
+    return (
+        f"{len(counts)} reference image{plural}: {each}; a step sees {work.sequence_tokens} tokens, not "
+        f"{work.sequence_tokens - work.reference_tokens}, and computes {step}, not {bare}; "
+        f"activations {live}, not {alone}"
+    )
 
 
 def _of(part_bytes: int, whole_bytes: int) -> str:
@@ -95,9 +118,10 @@ def _bars(plan: Plan) -> list[Text]:
     on_gpu = plan.hardware.device == "cuda"
     budgets = [("VRAM", plan.limits.vram_bytes, device_parts), ("RAM", plan.limits.ram_bytes, host_parts)]
     lines = []
+    width = max(len(stage.stage) for stage in plan.stages)
     for where, cap, parts in budgets if on_gpu else [("RAM", plan.limits.ram_bytes, device_parts)]:
         lines.append(Text(f"{where} of {format_bytes(cap)}:  {legend(parts(plan.stages[0]))}", style="dim"))
-        lines += [Text(bar(stage.stage, parts(stage), cap)) for stage in plan.stages]
+        lines += [Text(bar(f"{stage.stage:{width}}", parts(stage), cap)) for stage in plan.stages]
     return lines
 
 

@@ -16,6 +16,8 @@ STEP_OVERHEADS = 4
 """Launches of a step outside its blocks (projections, norm, scheduler), in block overheads. Assumed."""
 DECODER_OVERHEADS = 20
 """Launches of the decoder's 14 resnets, attention and convolutions, in block overheads. Assumed."""
+ENCODER_OVERHEADS = 14
+"""Launches of the encoder's 10 resnets, attention and convolutions, in block overheads. Assumed."""
 CHUNK_OVERHEADS = 0.5
 """Launches of each chunk of tokens beyond the first (feed-forward, attention output), in block overheads. Assumed."""
 
@@ -37,6 +39,21 @@ def layer_flops(model: ModelSpec, workload: Workload, prompts: int) -> tuple[flo
     dims, tokens = model.text_encoder, workload.text_tokens
     linear = 2 * dims.layer.linear_weights * prompts * tokens
     return linear, 4 * prompts * tokens**2 * dims.num_heads * dims.head_dim
+
+
+def encode_picture_flops(vae: VaeSpec, width: int, height: int) -> float:
+    """The VAE's encoder on one picture; as ``decode_flops``, its levels the other way, a resnet fewer in each."""
+    widths = vae.block_out_channels
+    flops = 18.0 * width * height * vae.in_channels * widths[0]
+    for level, channels_out in enumerate(widths):
+        channels_in = widths[max(level - 1, 0)]
+        pixels = (width >> level) * (height >> level)
+        convolutions = channels_in * channels_out + (2 * vae.layers_per_block - 1) * channels_out**2
+        downsampler = channels_out**2 / 4 if level < len(widths) - 1 else 0
+        flops += 18 * pixels * (convolutions + downsampler)
+    latents = (width // vae.spatial_factor) * (height // vae.spatial_factor)
+    flops += 18 * latents * (4 * widths[-1] ** 2 + 2 * widths[-1] * vae.latent_channels)
+    return flops + (4 * latents**2 * widths[-1] if vae.mid_attention else 0)
 
 
 def decode_flops(vae: VaeSpec, width: int, height: int) -> float:

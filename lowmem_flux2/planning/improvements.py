@@ -9,7 +9,7 @@ from typing import get_args
 from lowmem_flux2.errors import DoesNotFit
 from lowmem_flux2.planning.changes import Change
 from lowmem_flux2.planning.models import ModelSpec
-from lowmem_flux2.planning.plan import Placement, Plan
+from lowmem_flux2.planning.plan import Placement, Plan, Stage
 from lowmem_flux2.planning.selection import Selection
 from lowmem_flux2.planning.support import SUPPORTED, Support
 from lowmem_flux2.planning.workload import Preference
@@ -56,7 +56,7 @@ def _more_ram(plan: Plan, asked: Change, support: Support) -> Iterator[str]:
 def _smaller(plan: Plan, asked: Change, support: Support) -> Iterator[str]:
     work = plan.workload
     sides = [side for side in SIDES_PX if side * side < work.width * work.height][:1]
-    encode, denoise, _ = plan.stages
+    encode, denoise = plan.stage("encode"), plan.stage("denoise")
     same = asked.with_choice("weight_format", denoise.weight_format)
     same = same.with_choice("text_weight_format", encode.weight_format)
     for other in _planned([same.smaller(side) for side in sides], plan, support):
@@ -74,9 +74,10 @@ def _preferences(plan: Plan, asked: Change, support: Support) -> Iterator[str]:
 
 def _gain(plan: Plan, other: Plan) -> str:
     """What is different: formats, and seconds a step or of the run."""
+    named: tuple[Stage, ...] = ("denoise", "encode")
     words = [
         f"{'text encoder ' if its.stage == 'encode' else ''}{its.weight_format} instead of {mine.weight_format}"
-        for mine, its in zip(plan.stages[1::-1], other.stages[1::-1], strict=True)
+        for mine, its in ((plan.stage(name), other.stage(name)) for name in named)
         if mine.weight_format != its.weight_format
     ]
     mine_s, its_s = (each.stage("denoise").cost.run_s / each.workload.steps for each in (plan, other))

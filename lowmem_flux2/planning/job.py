@@ -16,7 +16,7 @@ from lowmem_flux2.planning.cost import stage_cost
 from lowmem_flux2.planning.detect import available_ram_bytes, detect
 from lowmem_flux2.planning.hardware import Hardware, load_profile
 from lowmem_flux2.planning.nvml import NvmlCard, read_nvml, visible_cards
-from lowmem_flux2.planning.plan import STAGES, Plan
+from lowmem_flux2.planning.plan import Plan, stages_of
 from lowmem_flux2.planning.planner import make_plan
 from lowmem_flux2.planning.preparation import Prepared
 from lowmem_flux2.planning.replay import check_replay
@@ -96,7 +96,7 @@ def plan_job(
         DoesNotFit: with the commands that would fit.
     """
     workload = workload_of(request, source.spec)
-    stages = STAGES
+    stages = stages_of(workload)
     if decode_images is not None:
         prompts = min(workload.num_prompts, decode_images)
         workload, stages = replace(workload, num_images=decode_images, num_prompts=prompts), ("decode",)

@@ -20,13 +20,18 @@ from lowmem_flux2.planning.batches import batch_sizes
 from lowmem_flux2.planning.formats import COMPUTE_DTYPES, FORMATS
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import Component
+from lowmem_flux2.planning.stage_cost import StageCost
 from lowmem_flux2.planning.workload import Workload
 
 SCHEMA_VERSION = 1
 
-Stage = Literal["encode", "denoise", "decode"]
-STAGES: tuple[Stage, ...] = get_args(Stage)
-Bottleneck = Literal["compute", "link", "disk", "load"]
+Stage = Literal["encode", "reference", "denoise", "decode"]
+EVERY_STAGE: tuple[Stage, ...] = get_args(Stage)
+"""In the order of a run."""
+STAGES: tuple[Stage, ...] = ("encode", "denoise", "decode")
+"""Of a request without reference images; see ``stages_of``."""
+ONE_BY_ONE: tuple[Stage, ...] = ("reference", "decode")
+"""Stages of the VAE, which takes one picture at a time, whole or in tiles, and has no blocks to be placed."""
 
 
 class Placement(StrEnum):
@@ -38,70 +43,19 @@ class Placement(StrEnum):
     DISK = "disk"
 
 
-COMPONENT_OF: dict[Stage, Component] = {"encode": "text_encoder", "denoise": "transformer", "decode": "vae"}
-NON_BLOCK_OF = {"encode": Placement.DISK, "denoise": Placement.GPU, "decode": Placement.GPU}
+COMPONENT_OF: dict[Stage, Component] = {
+    "encode": "text_encoder",
+    "reference": "vae",
+    "denoise": "transformer",
+    "decode": "vae",
+}
+NON_BLOCK_OF = {stage: Placement.DISK if stage == "encode" else Placement.GPU for stage in EVERY_STAGE}
 """Where the executor has each stage's weights outside blocks."""
 
 
-@dataclass(frozen=True, slots=True)
-class StageCost:
-    """Predicted cost of one stage. Sizes in bytes, times in seconds.
-
-    ``host_bytes`` counts everything resident in RAM that is not pinned: Python and libraries (``process_bytes``), the
-    pageable arena (``host_pageable_bytes``), what loading passes through, the stage's results, and on ``device=cpu``
-    the resident weights, slots and activations too.
-    ``activation_bytes`` includes the format's transient, and the conditioning weights where they need more than what
-    comes after them. ``time_s`` is ``load_s + run_s``, from a cold page cache. While the stage runs, three lanes work,
-    at the same time where they can: ``compute_s``, ``copy_s`` (streamed blocks to the device) and ``read_s`` (streamed
-    blocks from disk). ``waiting_s`` is the part of ``run_s`` that computes nothing; ``rounds`` are the passes over the
-    blocks.
-    """
-
-    resident_bytes: int = 0
-    slot_bytes: int = 0
-    activation_bytes: int = 0
-    margin_bytes: int = 0
-    context_bytes: int = 0
-    host_pinned_bytes: int = 0
-    host_bytes: int = 0
-    host_pageable_bytes: int = 0
-    process_bytes: int = 0
-    disk_bytes: int = 0
-    h2d_bytes: int = 0
-    load_s: float = 0.0
-    run_s: float = 0.0
-    time_s: float = 0.0
-    compute_s: float = 0.0
-    copy_s: float = 0.0
-    read_s: float = 0.0
-    waiting_s: float = 0.0
-    rounds: int = 1
-    fidelity_error: float = 0.0
-    fidelity_provenance: str = ""
-    on_host: bool = False
-
-    @property
-    def bottleneck(self) -> Bottleneck:
-        """What most of the stage's time goes to: a shorter one of the others would win less."""
-        busy: dict[Bottleneck, float] = {
-            "compute": self.compute_s,
-            "link": self.copy_s,
-            "disk": self.read_s,
-            "load": self.load_s,
-        }
-        return max(busy, key=lambda kind: busy[kind])
-
-    @property
-    def peak_vram_bytes(self) -> int:
-        """Device memory of our process, CUDA context included; 0 on ``device=cpu``."""
-        if self.on_host:
-            return 0
-        return self.context_bytes + self.resident_bytes + self.slot_bytes + self.activation_bytes + self.margin_bytes
-
-    @property
-    def peak_ram_bytes(self) -> int:
-        """Anonymous + shared + pinned memory; file-backed pages (page cache) are not in it."""
-        return self.host_pinned_bytes + self.host_bytes
+def stages_of(workload: Workload) -> tuple[Stage, ...]:
+    """What a run consists of: reference images are encoded where there are any."""
+    return EVERY_STAGE if workload.references else STAGES
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +63,7 @@ class StagePlan:
     """How one stage runs.
 
     Args:
-        stage, component: encode/text_encoder, denoise/transformer, decode/vae.
+        stage, component: encode/text_encoder, reference/vae, denoise/transformer, decode/vae.
         weight_format: stored format of the component's weights (a name in ``formats.FORMATS``).
         compute_dtype: of matmuls and activations.
         block_placements: one per block, in the order of use; empty for the VAE, which is always resident in its stage.
@@ -351,9 +305,10 @@ _BESIDES = ("predicted", "pareto", "rejected")
 
 
 def _check_names(plan: Plan, source: str) -> None:
-    """What types cannot say: the three stages in order, or decode alone, in formats that exist."""
-    if tuple(stage.stage for stage in plan.stages) not in (STAGES, ("decode",)):
-        raise UsageError(f"{source}: stages: must be {', '.join(STAGES)}, in this order, or decode alone")
+    """What types cannot say: the workload's stages in order, or decode alone, in formats that exist."""
+    needed = stages_of(plan.workload)
+    if tuple(stage.stage for stage in plan.stages) not in (needed, ("decode",)):
+        raise UsageError(f"{source}: stages: must be {', '.join(needed)}, in this order, or decode alone")
     for index, stage in enumerate(plan.stages):
         if stage.weight_format not in FORMATS:
             known = ", ".join(FORMATS)

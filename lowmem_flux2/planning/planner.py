@@ -24,7 +24,7 @@ from lowmem_flux2.planning.objective import (
     time_then_effort_of,
     unread,
 )
-from lowmem_flux2.planning.plan import SCHEMA_VERSION, STAGES, Limits, Plan, Stage, StagePlan
+from lowmem_flux2.planning.plan import ONE_BY_ONE, SCHEMA_VERSION, Limits, Plan, Stage, StagePlan, stages_of
 from lowmem_flux2.planning.preparation import Prepared, preparations
 from lowmem_flux2.planning.reasons import Finer, reasons_of
 from lowmem_flux2.planning.residency import Variant
@@ -49,7 +49,7 @@ def make_plan(
     profile: str,
     guidance_scale: float = 0.0,
     support: Support = SUPPORTED,
-    stages: Sequence[Stage] = STAGES,
+    stages: Sequence[Stage] | None = None,
     prepared: Prepared = (),
     with_reasons: bool = True,
 ) -> Plan:
@@ -60,7 +60,7 @@ def make_plan(
 
     Args:
         guidance_scale: the request's, to be recorded; planning itself needs only the workload's guidance passes.
-        stages: what is left to be done: all, or decode alone.
+        stages: what is left to be done: decode alone, or all if not given.
         prepared: what the prepared store is known to hold of this model; the plan says what must be made beside it.
         with_reasons: False leaves the stages' reasons empty, which is quicker.
 
@@ -72,7 +72,7 @@ def make_plan(
     limits = limits_of(hardware, selection)
     jobs: dict[Stage, Job] = {}
     failures: list[DoesNotFit] = []
-    for name in stages:
+    for name in stages or stages_of(workload):
         for allowed in dict.fromkeys((support, EVERYTHING)):
             job = Job(model, workload, hardware, selection, limits, allowed)
             if any(least.fits(limits) for least in job.least(name)):
@@ -136,7 +136,7 @@ def _decode_alone(job: Job) -> tuple[dict[Stage, StagePlan], Options]:
     prefer = job.selection.prefer
     if prefer == "memory":
         job = _at_the_least({"decode": job})["decode"]
-    return {"decode": _decode(job, by_time=prefer == "speed")}, {}
+    return {"decode": _of_the_vae(job, "decode", by_time=prefer == "speed")}, {}
 
 
 def choose(jobs: Mapping[Stage, Job]) -> tuple[dict[Stage, StagePlan], Options]:
@@ -148,16 +148,17 @@ def choose(jobs: Mapping[Stage, Job]) -> tuple[dict[Stage, StagePlan], Options]:
     if prefer == "memory":
         jobs = _at_the_least(jobs)
     value = time_then_effort if prefer == "speed" else effort
-    decode = _decode(jobs["decode"], by_time=prefer == "speed")
+    whole = {name: _of_the_vae(jobs[name], name, by_time=prefer == "speed") for name in ONE_BY_ONE if name in jobs}
     searched: tuple[Stage, ...] = ("encode", "denoise")
     options = {name: options_of(jobs[name], name, value) for name in searched}
     if prefer == "balanced":
-        encode, denoise = _balanced(options["encode"], options["denoise"], decode)
+        encode, denoise = _balanced(options["encode"], options["denoise"], tuple(whole.values()))
     elif prefer == "speed":
         encode, denoise = (_least(options[name]) for name in searched)
     else:
         encode, denoise = (_most_faithful(options[name]) for name in searched)
-    return {"encode": encode, "denoise": denoise, "decode": decode}, options
+    chosen = {"encode": encode, "denoise": denoise, **whole}
+    return {name: chosen[name] for name in jobs}, options
 
 
 def _reasons(stage: StagePlan, job: Job, options: Options) -> tuple[str, ...]:
@@ -179,9 +180,9 @@ def _finer(option: Option, job: Job) -> Finer | None:
     return None if best is None else Finer(option.weight_format, job.priced(best).cost.time_s, is_exact=True)
 
 
-def _decode(job: Job, by_time: bool) -> StagePlan:
+def _of_the_vae(job: Job, name: Stage, by_time: bool) -> StagePlan:
     """Untiled where it fits: tiles change pixels."""
-    fitting = [stage for stage in job.decodes() if fits(stage, job.limits)]
+    fitting = [stage for stage in job.tilings(name) if fits(stage, job.limits)]
     if by_time:
         return min(fitting, key=time_then_effort_of)
     return min(fitting, key=lambda stage: (stage.tile_px > 0, effort_of(stage)))
@@ -200,14 +201,16 @@ def _least(options: Sequence[Option]) -> StagePlan:
         best.advance()
 
 
-def _balanced(encodes: Sequence[Option], denoises: Sequence[Option], decode: StagePlan) -> tuple[StagePlan, StagePlan]:
+def _balanced(
+    encodes: Sequence[Option], denoises: Sequence[Option], others: Sequence[StagePlan]
+) -> tuple[StagePlan, StagePlan]:
     """The pair of the least balance. Only searches that could still be in it go on, so few are ever opened."""
     pairs = [
         (
             encode.search,
             denoise.search,
-            effort_of(decode) + encode.unread + denoise.unread,
-            (encode.error, denoise.error, decode.cost.fidelity_error),
+            sum(map(effort_of, others)) + encode.unread + denoise.unread,
+            (encode.error, denoise.error, *(stage.cost.fidelity_error for stage in others)),
         )
         for encode in encodes
         for denoise in denoises

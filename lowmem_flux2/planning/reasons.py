@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lowmem_flux2.planning.candidates import Job, Least, fits
 from lowmem_flux2.planning.formats import FORMATS
-from lowmem_flux2.planning.plan import Limits, Placement, StagePlan
+from lowmem_flux2.planning.plan import ONE_BY_ONE, Limits, Placement, StagePlan
 from lowmem_flux2.units import format_bytes, format_seconds
 
 HIDDEN_SHARE = 0.02
@@ -32,7 +32,7 @@ def reasons_of(chosen: StagePlan, job: Job, finer: Finer | None) -> tuple[str, .
 
 def _formats(chosen: StagePlan, job: Job, finer: Finer | None) -> Iterator[str]:
     """Each more faithful format that does not fit, and the next one that does."""
-    if chosen.stage == "decode":
+    if chosen.stage in ONE_BY_ONE:
         return
     prefer = job.selection.prefer
     for name in dict.fromkeys(family[0].bare.weight_format for family in job.families(chosen.stage)):
@@ -90,10 +90,11 @@ def _chunks(chosen: StagePlan, job: Job) -> Iterator[str]:
 
 
 def _tiles(chosen: StagePlan, job: Job) -> Iterator[str]:
-    if chosen.stage != "decode":
+    if chosen.stage not in ONE_BY_ONE:
         return
     if not chosen.tile_px:
-        yield "untiled: tiles change pixels, and the whole picture fits"
+        what = "each whole picture" if chosen.stage == "reference" else "the whole picture"
+        yield f"untiled: tiles change pixels, and {what} fits"
     elif job.selection.vae_tile != "auto":
         yield f"tiles of {chosen.tile_px} px: asked for"
     else:

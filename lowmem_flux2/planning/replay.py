@@ -14,7 +14,7 @@ from lowmem_flux2.planning.cost import stage_cost
 from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
-from lowmem_flux2.planning.plan import COMPONENT_OF, NON_BLOCK_OF, Limits, Plan, StagePlan
+from lowmem_flux2.planning.plan import COMPONENT_OF, NON_BLOCK_OF, ONE_BY_ONE, Limits, Plan, StagePlan
 from lowmem_flux2.planning.preparation import preparations
 from lowmem_flux2.planning.selection import TILE_MOST_PX, TILE_STEP_PX, Selection, limits_of, runs_on
 from lowmem_flux2.planning.support import SUPPORTED, Support
@@ -80,10 +80,10 @@ def _faults(stage: StagePlan, plan: Plan, spec: ModelSpec) -> Iterator[tuple[str
     """(key, value, what it must be) of each field that this model or the executor rules out."""
     name, work = stage.stage, plan.workload
     dims = spec.transformer
-    blocks = {"encode": spec.text_encoder.layers_used, "denoise": dims.num_double + dims.num_single, "decode": 0}[name]
-    most = {"encode": work.num_prompts, "denoise": work.num_images, "decode": 1}[name]
+    blocks = {"encode": spec.text_encoder.layers_used, "denoise": dims.num_double + dims.num_single}.get(name, 0)
+    most = {"encode": work.num_prompts, "denoise": work.num_images}.get(name, 1)
     depth = max(stage.slots - 1, 0)
-    tiled = name == "decode" and stage.tile_px % TILE_STEP_PX == 0 and 0 <= stage.tile_px <= TILE_MOST_PX
+    tiled = name in ONE_BY_ONE and stage.tile_px % TILE_STEP_PX == 0 and 0 <= stage.tile_px <= TILE_MOST_PX
     if stage.component != COMPONENT_OF[name]:
         yield "component", stage.component, f"this stage runs the {COMPONENT_OF[name]}"
     if len(stage.block_placements) != blocks:
@@ -103,10 +103,10 @@ def _faults(stage: StagePlan, plan: Plan, spec: ModelSpec) -> Iterator[tuple[str
         yield (
             "tile_px",
             stage.tile_px,
-            f"0, or in the decode stage a multiple of {TILE_STEP_PX} up to {TILE_MOST_PX}",
+            f"0, or in a stage of the VAE a multiple of {TILE_STEP_PX} up to {TILE_MOST_PX}",
         )
     plain = not FORMATS[stage.weight_format].is_quantized
-    if (plain or name == "decode") and stage.weight_format != stage.compute_dtype:
+    if (plain or name in ONE_BY_ONE) and stage.weight_format != stage.compute_dtype:
         rest = "unquantized weights rest in the compute dtype" if plain else "the VAE is not quantized"
         yield "weight_format", stage.weight_format, f"{rest}, {stage.compute_dtype}"
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from lowmem_flux2.planning.cost import StageWork, device_bytes, stage_work
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
-from lowmem_flux2.planning.plan import Bottleneck, Limits, Plan
+from lowmem_flux2.planning.plan import Limits, Plan
+from lowmem_flux2.planning.stage_cost import Bottleneck
 
 
 @dataclass(frozen=True, slots=True)

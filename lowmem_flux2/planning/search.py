@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from lowmem_flux2.planning.cost import Tiers, load_ns
+from lowmem_flux2.planning.cost import load_ns
+from lowmem_flux2.planning.passages import Tiers
 from lowmem_flux2.planning.plan import Limits, Placement, StagePlan
 from lowmem_flux2.planning.residency import TieredBlocks, Variant
 from lowmem_flux2.planning.selection import StreamFrom

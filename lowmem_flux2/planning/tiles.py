@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 TILE_SIDES_PX = (1024, 768, 512, 384, 256, 192, 128)
 OVERLAP = 0.25
 """AutoencoderKLFlux2.tile_overlap_factor: neighbours share a quarter of a tile, blended."""
@@ -27,9 +29,14 @@ def tile_is_sound(width: int, height: int, tile_px: int) -> bool:
     )
 
 
+def tiles_are_sound(sizes: Sequence[tuple[int, int]], tile_px: int) -> bool:
+    """Whether the tiles of every picture (width, height) that is larger than one are sound."""
+    return all(tile_px >= max(size) or tile_is_sound(*size, tile_px) for size in sizes)
+
+
 def tiled_pixels_ratio(width: int, height: int, tile_px: int) -> float:
     """Pixels decoded in tiles over pixels of the picture: overlaps are decoded twice. 1 untiled."""
-    if not tile_px:
+    if not tile_px or tile_px >= max(width, height):
         return 1.0
     across, down = (sum(length for _, length in tile_starts(side, tile_px)) for side in (width, height))
     return across * down * SPATIAL_FACTOR**2 / (width * height)

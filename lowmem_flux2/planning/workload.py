@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning.models import ModelSpec
+from lowmem_flux2.planning.references import MOST_REFERENCES, Reference
 
 Preference = Literal["quality", "balanced", "speed", "memory"]
 
@@ -31,6 +33,7 @@ class Request:
         guidance_scale: embedded (dev) or true classifier-free guidance (klein base).
         num_images_per_prompt: images per prompt.
         max_sequence_length: text tokens, padded to exactly this length.
+        references: pictures that all images of the run are made after, in the order that the prompt counts them.
     """
 
     prompts: tuple[str, ...]
@@ -41,6 +44,7 @@ class Request:
     guidance_scale: float
     num_images_per_prompt: int
     max_sequence_length: int
+    references: tuple[Reference, ...] = ()
 
     @property
     def num_images(self) -> int:
@@ -52,7 +56,8 @@ class Workload:
     """The size of a request: all that cost depends on.
 
     ``image_tokens`` is (height / 16) x (width / 16) for FLUX.2; ``guidance_passes`` is 2 where the model is not
-    distilled, has no embedded guidance and guidance_scale > 1.
+    distilled, has no embedded guidance and guidance_scale > 1. ``references`` are (width, height) in pixels of each
+    reference image, after preprocessing; ``reference_tokens`` are those of all together.
     """
 
     width: int
@@ -64,6 +69,7 @@ class Workload:
     num_prompts: int
     num_images: int
     guidance_passes: int
+    references: tuple[tuple[int, int], ...] = ()
 
     @property
     def sequence_tokens(self) -> int:
@@ -77,18 +83,25 @@ def guidance_passes(model: ModelSpec, guidance_scale: float) -> int:
     return 2 if true_guidance else 1
 
 
+def token_counts(sizes: Sequence[tuple[int, int]], multiple: int) -> tuple[int, ...]:
+    """Tokens of pictures of these (width, height): one a latent patch."""
+    return tuple((width // multiple) * (height // multiple) for width, height in sizes)
+
+
 def workload_of(request: Request, model: ModelSpec) -> Workload:
     multiple = model.size_multiple
+    sizes = tuple((reference.width, reference.height) for reference in request.references)
     return Workload(
         width=request.width,
         height=request.height,
         image_tokens=(request.height // multiple) * (request.width // multiple),
         text_tokens=request.max_sequence_length,
-        reference_tokens=0,
+        reference_tokens=sum(token_counts(sizes, multiple)),
         steps=request.num_inference_steps,
         num_prompts=len(request.prompts),
         num_images=request.num_images,
         guidance_passes=guidance_passes(model, request.guidance_scale),
+        references=sizes,
     )
 
 
@@ -114,18 +127,24 @@ def make_request(
     guidance_scale: float | None = None,
     num_images_per_prompt: int = 1,
     max_sequence_length: int | None = None,
+    references: tuple[Reference, ...] = (),
 ) -> Request:
     """Fill in the model's defaults and check everything that can be checked before any heavy work.
+
+    The size defaults to the first reference's, where there is one.
 
     Raises:
         UsageError: an empty prompt, an impossible size, count or length, or an option the model cannot honour.
     """
     defaults = model.defaults
-    width = defaults.width if width is None else width
-    height = defaults.height if height is None else height
+    own = references[0] if references else defaults
+    width = own.width if width is None else width
+    height = own.height if height is None else height
     steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
     guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
     length = defaults.max_sequence_length if max_sequence_length is None else max_sequence_length
+    if len(references) > MOST_REFERENCES:
+        raise UsageError(f"{len(references)} reference images: at most {MOST_REFERENCES}")
     if not prompts or any(not prompt.strip() for prompt in prompts):
         raise UsageError("the prompt is empty: say what to draw with -p 'a red circle ...'")
     for prompt in (*prompts, negative_prompt or ""):
@@ -162,6 +181,7 @@ def make_request(
         guidance_scale=float(guidance),
         num_images_per_prompt=num_images_per_prompt,
         max_sequence_length=length,
+        references=references,
     )
 
 

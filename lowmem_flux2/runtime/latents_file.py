@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from lowmem_flux2.errors import CheckpointBroken, UsageError
 from lowmem_flux2.planning.hardware import Hardware
-from lowmem_flux2.planning.plan import STAGES, Plan
+from lowmem_flux2.planning.plan import Plan, stages_of
 from lowmem_flux2.planning.selection import Selection, runs_on
 from lowmem_flux2.planning.sources import ModelSource
 from lowmem_flux2.planning.workload import Request
@@ -83,7 +83,7 @@ class Origin:
 
     def with_decode(self, plan: Plan) -> Plan:
         """The whole plan of the pictures: as the latents were made, and as they are decoded."""
-        return replace(self.plan, stages=(*self.plan.stages[:2], plan.stage("decode")))
+        return replace(self.plan, stages=(*self.plan.stages[:-1], plan.stage("decode")))
 
     def selection(self, selection: Selection, hardware: Hardware) -> Selection:
         """The selection with the latents' own dtype, where none was asked for and the hardware has it."""
@@ -183,7 +183,7 @@ def latents_of(path: Path, tensors: Mapping[str, torch.Tensor], texts: Mapping[s
         saved = SavedLatents(tensors["latents"], tensors["statistics"], origin)
     except (ValueError, KeyError, TypeError, UsageError) as error:  # pydantic's errors are ValueErrors
         raise CheckpointBroken(f"{path} is not a latents file that this version wrote: {error}") from error
-    whole = tuple(stage.stage for stage in origin.plan.stages) == STAGES
+    whole = tuple(stage.stage for stage in origin.plan.stages) == stages_of(origin.plan.workload)
     if not whole or saved.latents.ndim != 3 or len(saved.latents) != len(origin.images) or not origin.images:
         raise CheckpointBroken(f"{path}: its latents and what it says of them do not belong together")
     return saved

@@ -96,6 +96,7 @@ def last_rung(name: Stage, failure: Exhausted) -> str:
     """What is wrong and what to do, where no plan has a lower peak."""
     advice = {
         "encode": "or take a smaller --text-weight-format",
+        "reference": "or reduce the reference images with --image-size",
         "denoise": "or ask for a smaller picture, a smaller --weight-format, or allow one with --allow-format-change",
         "decode": "or ask for a smaller picture",
     }

@@ -29,6 +29,7 @@ from lowmem_flux2.runtime.device import DTYPES
 from lowmem_flux2.runtime.encode import TextEncoder
 from lowmem_flux2.runtime.fakes import FAKE_GPU, FakeKernels, FakeWeights
 from lowmem_flux2.runtime.live import LiveBytes
+from lowmem_flux2.runtime.reference_encoder import ReferenceEncoder, joined
 from lowmem_flux2.runtime.references import References
 
 STEPS_RUN = 2
@@ -83,7 +84,8 @@ def simulate_stage(
         cut = cut or Cut(folder, model, stage, ())
         run = _Run(cut, workload, on_host, alike=not every_block)
         with closing(run.weights):
-            {"encode": run.encode, "denoise": run.denoise, "decode": run.decode}[stage.stage]()
+            stages = {"encode": run.encode, "reference": run.reference, "denoise": run.denoise, "decode": run.decode}
+            stages[stage.stage]()
             return run.simulated(stage.stage)
 
 
@@ -153,6 +155,16 @@ class _Run:
             )
         negative = embeds[1] if len(embeds) > 1 else None
         denoiser.denoise(noise, embeds[0], negative, references=references, on_loaded=self._loaded)
+
+    def reference(self) -> None:
+        """Every picture, in all its tiles."""
+        encoder = ReferenceEncoder(self._cut.folder, self._cut.model, self._cut.stage, self._device, self.weights)
+        self._loaded()
+        channels = self._cut.model.vae.in_channels
+        # Zeros, because empty bytes count as weights.
+        sizes = self._workload.references
+        pictures = [torch.zeros(height, width, channels, dtype=torch.uint8) for width, height in sizes]
+        joined([encoder.encode(picture) for picture in pictures])
 
     def decode(self) -> None:
         work, model = self._workload, self._cut.model

@@ -12,8 +12,9 @@ import pytest
 from machines import DEV, KLEIN_4B, KLEIN_9B, plan_for
 
 from lowmem_flux2.errors import UsageError
-from lowmem_flux2.planning.plan import SCHEMA_VERSION, Placement, Plan, StageCost, read_plan
+from lowmem_flux2.planning.plan import SCHEMA_VERSION, Placement, Plan, read_plan
 from lowmem_flux2.planning.selection import Selection
+from lowmem_flux2.planning.stage_cost import StageCost
 from lowmem_flux2.planning.support import EVERYTHING
 
 REAL = [

@@ -128,7 +128,11 @@ def test_no_run_of_all_that_fit_is_rated_better(profile: str, vram_mib: int, ram
     selection = Selection(prefer=prefer, max_vram_bytes=vram_mib * MIB, max_ram_bytes=ram_mib * MIB)
     plan = plan_with_support(model, workload, hardware, selection, profile=profile, support=support)
     job = Job(model, workload, hardware, selection, limits_of(hardware, selection), support)
-    every = {"encode": list(everything(job, "encode")), "denoise": list(everything(job)), "decode": job.decodes()}
+    every = {
+        "encode": list(everything(job, "encode")),
+        "denoise": list(everything(job)),
+        "decode": job.tilings("decode"),
+    }
     # Of plans that are alike in what else counts, those of the least time and of the least effort suffice.
     few = [thinned([stage for stage in every[name] if fits(stage, job.limits)]) for name in STAGES]
     rating = Objective(prefer, model, hardware).rating

@@ -9,9 +9,10 @@ import pytest
 from machines import DEV, KLEIN_4B, KLEIN_9B, SUPPORTED, machine, plan_for, spec
 
 from lowmem_flux2.errors import PlanMismatch, UsageError
-from lowmem_flux2.planning.plan import Placement, Plan, Stage, StageCost
+from lowmem_flux2.planning.plan import Placement, Plan, Stage
 from lowmem_flux2.planning.replay import check_plan, check_replay
 from lowmem_flux2.planning.selection import Selection, limits_of
+from lowmem_flux2.planning.stage_cost import StageCost
 from lowmem_flux2.planning.workload import Request, make_request
 from lowmem_flux2.units import GIB
 
