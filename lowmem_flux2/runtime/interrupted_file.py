@@ -14,7 +14,7 @@ from typing import BinaryIO
 import torch
 
 from lowmem_flux2.errors import CheckpointBroken, UsageError
-from lowmem_flux2.planning.plan import STAGES, Plan
+from lowmem_flux2.planning.plan import Plan, stages_of
 from lowmem_flux2.planning.sources import ModelSource
 from lowmem_flux2.planning.workload import Request
 from lowmem_flux2.runtime.checked import write_checked
@@ -143,7 +143,7 @@ def read_saved(path: Path) -> SavedLatents | InterruptedRun:
         )
     except (ValueError, KeyError, TypeError, UsageError) as error:
         raise CheckpointBroken(f"{path} is not an interrupted run that this version wrote: {error}") from error
-    whole = tuple(stage.stage for stage in origin.plan.stages) == STAGES
+    whole = tuple(stage.stage for stage in origin.plan.stages) == stages_of(origin.plan.workload)
     if not whole or len(run.noise) != origin.request.num_images or run.step > origin.request.num_inference_steps:
         raise CheckpointBroken(f"{path}: its latents and what it says of them do not belong together")
     return run
