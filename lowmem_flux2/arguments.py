@@ -8,6 +8,7 @@ from typing import Any
 
 from lowmem_flux2.errors import UsageError
 from lowmem_flux2.flags import FitFlags, RequestFlags
+from lowmem_flux2.planning.adapters import Lora
 from lowmem_flux2.planning.job import Machine, resolve_machine
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.planner import Selection
@@ -39,6 +40,7 @@ def after(flags: RequestFlags, plan: Plan) -> RequestFlags:
         "guidance": plan.guidance_scale,
         "num_images": plan.num_images_per_prompt,
         "max_sequence_length": work.text_tokens,
+        "lora": [f"{adapter.path}:{adapter.scale!r}" for adapter in work.adapters] or None,
     }
     return replace(flags, **{name: value for name, value in planned.items() if getattr(flags, name) is None})
 
@@ -83,6 +85,7 @@ def resolve(
         num_images_per_prompt=1 if flags.num_images is None else flags.num_images,
         max_sequence_length=flags.max_sequence_length,
         references=references,
+        loras=tuple(map(Lora.parse, flags.lora or ())),
     )
     if flags.revision is not None and source.kind != "hub":
         raise UsageError(f"--revision {flags.revision}: {model} is not on the hub; leave the flag out")

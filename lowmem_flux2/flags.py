@@ -28,6 +28,7 @@ class RequestFlags:
     max_sequence_length: opt.Length = None
     image: opt.References = None
     image_size: opt.ImageSize = None
+    lora: opt.Loras = None
     revision: opt.Revision = None
     offline: opt.Offline = False
 

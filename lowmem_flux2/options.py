@@ -94,6 +94,15 @@ ImageSize = Annotated[
         rich_help_panel=ASK,
     ),
 ]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="FILE[:SCALE]",
+        help="Add a LoRA (safetensors, diffusers', BFL's or kohya's keys) to the transformer; repeat for several.",
+        rich_help_panel=ASK,
+    ),
+]
 ProfileName = Annotated[
     str,
     typer.Option(

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lowmem_flux2.planning.adapters import once_bytes, product_bytes
 from lowmem_flux2.planning.chunks import largest_chunk
 from lowmem_flux2.planning.formats import WeightFormat
 from lowmem_flux2.planning.models import ModelSpec, VaeSpec
@@ -69,6 +70,8 @@ def denoise_activation_bytes(
         peak = _chunked_block_bytes(sizes, chunks, row_sums, expansion)
     else:
         peak = _block_bytes(sizes, expansion)
+    # Beside a LoRA's Linear's output; small, so it counts at every moment.
+    peak += product_bytes(workload.adapters, sizes.joint, dtype_bytes)
     return round(peak) + _kept_bytes(model, workload, batch, dtype_bytes)
 
 
@@ -169,9 +172,13 @@ def conditioning_bytes(model: ModelSpec, workload: Workload, dtype_bytes: int) -
 
 
 def conditioning_peak_bytes(model: ModelSpec, workload: Workload, batch: int, dtype_bytes: int) -> int:
-    """Peak before any block is loaded, the embedders' weights apart: the last batch's text is projected, one pass."""
+    """Peak before any block is loaded, the embedders' weights apart: the last batch's text is projected, one pass.
+
+    With the factors of LoRAs that the embedders have.
+    """
     text = batch * workload.text_tokens * model.transformer.joint_dim
-    return conditioning_bytes(model, workload, dtype_bytes) + text * dtype_bytes
+    factors = once_bytes(workload.adapters, dtype_bytes)
+    return conditioning_bytes(model, workload, dtype_bytes) + text * dtype_bytes + factors
 
 
 def encode_activation_bytes(

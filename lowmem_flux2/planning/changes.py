@@ -66,6 +66,7 @@ class Change:
             steps=defaults.num_inference_steps,
             text_tokens=defaults.max_sequence_length,
             guidance_passes=guidance_passes(model, defaults.guidance_scale),
+            adapters=(),
         )
         return replace(self, model=model, workload=workload)
 
@@ -97,6 +98,8 @@ class Change:
             words += ["--image", "{}x{}".format(*reference)]
         if work.guidance_passes != guidance_passes(self.model, defaults.guidance_scale):
             words += ["--guidance", "1" if work.guidance_passes == 1 else "4"]
+        for adapter in work.adapters:
+            words += ["--lora", f"{adapter.path}:{adapter.scale!r}"]
         for flag, cap in (("--max-vram", selection.max_vram_bytes), ("--max-ram", selection.max_ram_bytes)):
             if cap is not None:
                 words += [flag, f"{cap // GIB}GiB" if cap % GIB == 0 else f"{cap // MIB}MiB"]

@@ -19,6 +19,7 @@ from lowmem_flux2.planning.activations import (
     reference_activation_bytes,
     reference_host_bytes,
 )
+from lowmem_flux2.planning.adapters import kept_bytes
 from lowmem_flux2.planning.batches import batch_sizes, batches_a_pass
 from lowmem_flux2.planning.flops import (
     CHUNK_OVERHEADS,
@@ -31,6 +32,7 @@ from lowmem_flux2.planning.flops import (
     decode_flops,
     encode_picture_flops,
     layer_flops,
+    low_rank_flops,
 )
 from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS
 from lowmem_flux2.planning.hardware import Hardware
@@ -156,13 +158,15 @@ def _denoise_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwa
     largest_embedder = max(6 * dims.hidden_size, dims.joint_dim) * dims.hidden_size
     noise = workload.num_images * workload.image_tokens * dims.in_channels * dtype_bytes
     references = workload.reference_tokens * (dims.in_channels * dtype_bytes + REFERENCE_ID_BYTES)
+    low_rank_s = passes * low_rank_flops(workload, batch) / compute_rate(hardware, stage.compute_dtype)
     return StageWork(
         block_bytes=tuple(block_sizes(stage, model)),
         compute_ns=(double_ns,) * dims.num_double + (single_ns,) * dims.num_single,
-        between_ns=nanoseconds(STEP_OVERHEADS * overhead_s, 1),
+        between_ns=nanoseconds(STEP_OVERHEADS * overhead_s + low_rank_s, 1),
         rounds=-(-workload.num_images // batch) * workload.steps,
         **_before_weights(hardware),
-        kept_bytes=fmt.plain_bytes(dims.remaining_non_block_weights, dtype_bytes),
+        kept_bytes=fmt.plain_bytes(dims.remaining_non_block_weights, dtype_bytes)
+        + kept_bytes(workload.adapters, dtype_bytes),
         activation_bytes=denoise_activation_bytes(model, workload, batch, dtype_bytes, stage.chunk_tokens, fmt),
         once_bytes=fmt.plain_bytes(dims.conditioning_weights, dtype_bytes)
         + conditioning_peak_bytes(model, workload, batch, dtype_bytes),
@@ -200,8 +204,7 @@ def _encode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
             encode_activation_bytes(model, workload, batches, dtype_bytes, fmt)
             for batches in set(passes) or {(stage.batch_size,)}
         ),
-        passing_bytes=(sum(sizes) + workload.guidance_passes * workload.num_prompts)
-        * embedding,  # joined, no block left
+        passing_bytes=(sum(sizes) + workload.guidance_passes * workload.num_prompts) * embedding,  # no block left
         result_bytes=round((sum(sizes) + beside) * embedding),
     )
 
@@ -228,8 +231,7 @@ def _reference_work(stage: StagePlan, model: ModelSpec, workload: Workload, hard
 
 
 def _decode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardware: Hardware) -> StageWork:
-    fmt, vae = FORMATS[stage.weight_format], model.vae
-    dtype_bytes = DTYPE_BYTES[stage.compute_dtype]
+    fmt, vae, dtype_bytes = FORMATS[stage.weight_format], model.vae, DTYPE_BYTES[stage.compute_dtype]
     flops = decode_flops(vae, workload.width, workload.height)
     flops *= tiled_pixels_ratio(workload.width, workload.height, stage.tile_px)
     rate = hardware.convolution_share * compute_rate(hardware, stage.compute_dtype)

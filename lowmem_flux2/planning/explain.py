@@ -9,9 +9,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lowmem_flux2.planning.adapters import kept_bytes
 from lowmem_flux2.planning.bars import bar, device_parts, host_parts, legend, step_lanes
 from lowmem_flux2.planning.batches import batch_sizes
 from lowmem_flux2.planning.cost import stage_cost
+from lowmem_flux2.planning.formats import DTYPE_BYTES
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Placement, Plan
 from lowmem_flux2.planning.workload import token_counts
@@ -55,6 +57,10 @@ def _headline(plan: Plan, model: ModelSpec) -> Text:
     text.append("predicted: " + ", ".join(promise))
     if plan.workload.references and not plan.decodes_only:
         text.append(f"\n{reference_words(plan, model)}")
+    for adapter in work.adapters:
+        size = format_bytes(kept_bytes([adapter], DTYPE_BYTES[plan.stage("denoise").compute_dtype]))
+        keys = f"{adapter.matched} of {adapter.matched + adapter.unmatched} keys"
+        text.append(f"\nLoRA {adapter.name} at {adapter.scale:g}: {keys}, {size} beside the weights")
     if plan.preparations:
         made = " and ".join(f"{each.component} in {each.weight_format}" for each in plan.preparations)
         written = format_bytes(sum(each.write_bytes for each in plan.preparations))

@@ -34,6 +34,11 @@ def block_flops(model: ModelSpec, workload: Workload, batch: int) -> tuple[float
     return double, single, 4 * batch * tokens**2 * dims.hidden_size
 
 
+def low_rank_flops(workload: Workload, batch: int) -> float:
+    """Of all LoRA factors in one pass, as if every token met each of them."""
+    return 2 * batch * workload.sequence_tokens * sum(adapter.values for adapter in workload.adapters)
+
+
 def layer_flops(model: ModelSpec, workload: Workload, prompts: int) -> tuple[float, float]:
     """(linear, attention) of one text encoder layer in one pass over ``prompts`` prompts of text_tokens each."""
     dims, tokens = model.text_encoder, workload.text_tokens

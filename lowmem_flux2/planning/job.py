@@ -95,6 +95,8 @@ def plan_job(
         UsageError: a selection that cannot be honoured.
         DoesNotFit: with the commands that would fit.
     """
+    if decode_images is not None:
+        request = replace(request, loras=())  # they have done their part, and their files may be gone
     workload = workload_of(request, source.spec)
     stages = stages_of(workload)
     if decode_images is not None:

@@ -70,6 +70,15 @@ def is_bfl(names: Mapping[str, object]) -> bool:
     return "img_in.weight" in names or any(_BLOCK.match(name) for name in names)
 
 
+def bfl_modules(num_double: int, num_single: int) -> Iterator[str]:
+    """BFL's names of all modules with weights."""
+    yield from _MODULES
+    for index in range(num_double):
+        yield from (f"double_blocks.{index}.{name}" for name in (*_DOUBLE, *_FUSED))
+    for index in range(num_single):
+        yield from (f"single_blocks.{index}.{name}" for name in _SINGLE)
+
+
 def model_tensors(name: str, num_rows: int) -> Iterator[tuple[str, Rows]]:
     """The tensors in diffusers' layout that one of BFL's holds, without prefix, and which of its rows each takes.
 

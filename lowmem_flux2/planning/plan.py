@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from lowmem_flux2.errors import UsageError
+from lowmem_flux2.planning.adapters import Adapter
 from lowmem_flux2.planning.batches import batch_sizes
 from lowmem_flux2.planning.formats import COMPUTE_DTYPES, FORMATS
 from lowmem_flux2.planning.hardware import Hardware
@@ -248,9 +249,12 @@ class Plan:
     @property
     def digest(self) -> str:
         """First 12 hex digits over what decides pixels and placement, on any machine; recorded in each PNG."""
+        workload = asdict(self.workload)
+        for adapter in workload["adapters"]:  # which file it is, not where
+            del adapter["path"]
         decides = {
             "model": self.model,
-            "workload": asdict(self.workload),
+            "workload": workload,
             "guidance_scale": self.guidance_scale,
             "stages": [{key: getattr(stage, key) for key in _DECIDES} for stage in self.stages],
         }
@@ -327,7 +331,7 @@ def _without_derived(stage: Any) -> Any:
     return kept
 
 
-_NOUNS: tuple[Any, ...] = (StageCost, StagePlan, Limits, FormatChange, Preparation, Plan, Workload, Hardware)
+_NOUNS: tuple[Any, ...] = (StageCost, StagePlan, Limits, FormatChange, Preparation, Plan, Workload, Adapter, Hardware)
 for _noun in _NOUNS:
     _noun.__pydantic_config__ = ConfigDict(extra="forbid")
 _PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)

@@ -7,7 +7,7 @@ what follows from the placements (costs, and what this version cannot carry out)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 
 from lowmem_flux2.errors import PlanMismatch, UsageError
 from lowmem_flux2.planning.cost import stage_cost
@@ -60,8 +60,11 @@ def check_replay(
     if plan.decodes_only:
         raise PlanMismatch(f"{source} decodes latents from a file: it is made anew by generate --from-latents FILE")
     differences = [] if plan.model == spec.name else [f"model: plan {plan.model}, here {spec.name}"]
-    planned, asked = asdict(plan.workload), asdict(workload_of(request, spec))
-    differences += [f"{key}: plan {planned[key]}, here {asked[key]}" for key in asked if planned[key] != asked[key]]
+    asked = workload_of(request, spec)
+    for each in fields(asked):
+        planned, here = getattr(plan.workload, each.name), getattr(asked, each.name)
+        if planned != here:
+            differences.append(f"{each.name}: plan {_words(planned)}, here {_words(here)}")
     if plan.guidance_scale != request.guidance_scale:
         differences.append(f"guidance: plan {plan.guidance_scale:g}, here {request.guidance_scale:g}")
     if plan.hardware.device != hardware.device:
@@ -74,6 +77,10 @@ def check_replay(
     if differences:
         raise PlanMismatch(f"{source} was made for something else:\n  " + "\n  ".join(differences))
     return plan
+
+
+def _words(value: object) -> str:
+    return (", ".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
 
 
 def _faults(stage: StagePlan, plan: Plan, spec: ModelSpec) -> Iterator[tuple[str, object, str]]:

@@ -108,6 +108,16 @@ def model_view(headers: Iterable[FileHeader]) -> Mapping[str, StoredTensor]:
     return MappingProxyType(found)
 
 
+def plain_view(headers: Iterable[FileHeader]) -> Mapping[str, StoredTensor]:
+    """Every tensor as it is stored, under its own name."""
+    places = [Place(header, name, info) for header in headers for name, info in header.tensors.items()]
+    rows = [place.info.shape[0] if place.info.shape else 1 for place in places]
+    return {
+        place.name: StoredTensor(place.info.shape, "plain", place, ((0, count),))
+        for place, count in zip(places, rows, strict=True)
+    }
+
+
 def _is_aid(name: str, places: Mapping[str, Place]) -> bool:
     """Whether a tensor only serves to decode another."""
     if name in _MARKERS:

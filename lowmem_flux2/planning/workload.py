@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lowmem_flux2.errors import UsageError
+from lowmem_flux2.planning.adapter_file import adapters_of
+from lowmem_flux2.planning.adapters import Adapter, Lora
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.references import MOST_REFERENCES, Reference
 
@@ -34,6 +36,7 @@ class Request:
         num_images_per_prompt: images per prompt.
         max_sequence_length: text tokens, padded to exactly this length.
         references: pictures that all images of the run are made after, in the order that the prompt counts them.
+        loras: added to the transformer while it runs.
     """
 
     prompts: tuple[str, ...]
@@ -45,6 +48,7 @@ class Request:
     num_images_per_prompt: int
     max_sequence_length: int
     references: tuple[Reference, ...] = ()
+    loras: tuple[Lora, ...] = ()
 
     @property
     def num_images(self) -> int:
@@ -57,7 +61,8 @@ class Workload:
 
     ``image_tokens`` is (height / 16) x (width / 16) for FLUX.2; ``guidance_passes`` is 2 where the model is not
     distilled, has no embedded guidance and guidance_scale > 1. ``references`` are (width, height) in pixels of each
-    reference image, after preprocessing; ``reference_tokens`` are those of all together.
+    reference image, after preprocessing; ``reference_tokens`` are those of all together. ``adapters`` are the request's
+    LoRAs, but for those of scale 0.
     """
 
     width: int
@@ -70,6 +75,7 @@ class Workload:
     num_images: int
     guidance_passes: int
     references: tuple[tuple[int, int], ...] = ()
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def sequence_tokens(self) -> int:
@@ -89,6 +95,11 @@ def token_counts(sizes: Sequence[tuple[int, int]], multiple: int) -> tuple[int, 
 
 
 def workload_of(request: Request, model: ModelSpec) -> Workload:
+    """The work of a request.
+
+    Raises:
+        CheckpointMissing, CheckpointBroken: a LoRA that cannot be applied.
+    """
     multiple = model.size_multiple
     sizes = tuple((reference.width, reference.height) for reference in request.references)
     return Workload(
@@ -102,6 +113,7 @@ def workload_of(request: Request, model: ModelSpec) -> Workload:
         num_images=request.num_images,
         guidance_passes=guidance_passes(model, request.guidance_scale),
         references=sizes,
+        adapters=adapters_of(request.loras, model),
     )
 
 
@@ -128,6 +140,7 @@ def make_request(
     num_images_per_prompt: int = 1,
     max_sequence_length: int | None = None,
     references: tuple[Reference, ...] = (),
+    loras: tuple[Lora, ...] = (),
 ) -> Request:
     """Fill in the model's defaults and check everything that can be checked before any heavy work.
 
@@ -182,6 +195,7 @@ def make_request(
         num_images_per_prompt=num_images_per_prompt,
         max_sequence_length=length,
         references=references,
+        loras=loras,
     )
 
 

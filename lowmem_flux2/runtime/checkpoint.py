@@ -7,7 +7,7 @@ ours to choose (safetensors data starts at 24 mod 64 bytes, where Linear kernels
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 
 from lowmem_flux2.errors import CheckpointBroken
-from lowmem_flux2.planning.stored import Place, StoredTensor, model_view
+from lowmem_flux2.planning.headers import FileHeader
+from lowmem_flux2.planning.stored import Place, StoredTensor, model_view, plain_view
 from lowmem_flux2.planning.weight_files import component_headers, no_tensor
 from lowmem_flux2.runtime.decoding import TORCH_DTYPES, check_decodable, decoded_rows
 from lowmem_flux2.runtime.rawfile import RawFile
@@ -44,14 +45,21 @@ class Tensors(Protocol):
 
 
 class TensorFile:
-    """Random access to the tensors of one component's folder. Thread-safe: every read carries its own offset."""
+    """Random access to the tensors of one component's folder. Thread-safe: every read carries its own offset.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        headers: of other files than a component's, whose tensors go by their own names.
+    """
+
+    def __init__(self, folder: Path, headers: Sequence[FileHeader] | None = None) -> None:
         self.folder = folder
         self._files: dict[Path, RawFile] = {}
         try:
-            headers = component_headers(folder, no_tensor)
-            self._tensors = model_view(headers)
+            if headers is None:
+                headers = component_headers(folder, no_tensor)
+                self._tensors = model_view(headers)
+            else:
+                self._tensors = plain_view(headers)
             for tensor in self._tensors.values():
                 check_decodable(tensor)
             for header in headers:

@@ -18,9 +18,11 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, retri
 from diffusers.utils.torch_utils import randn_tensor
 
 from lowmem_flux2.errors import UsageError
+from lowmem_flux2.planning.linears import CONDITIONING, is_conditioning
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import StagePlan
 from lowmem_flux2.planning.workload import Request
+from lowmem_flux2.runtime.adapters import AttachedAdapters
 from lowmem_flux2.runtime.components import transformer_blocks, transformer_on_meta
 from lowmem_flux2.runtime.device import DTYPES, release_memory
 from lowmem_flux2.runtime.forward import Forward, StepConditioning
@@ -32,13 +34,6 @@ from lowmem_flux2.runtime.weights import Weights
 Generators = torch.Generator | Sequence[torch.Generator] | None
 StepCallback = Callable[[object, int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 
-CONDITIONING = (
-    "time_guidance_embed",
-    "double_stream_modulation_img",
-    "double_stream_modulation_txt",
-    "single_stream_modulation",
-    "context_embedder",
-)
 EVERY_STEP = ("x_embedder", "norm_out", "proj_out")
 
 
@@ -103,6 +98,7 @@ class Denoiser:
         self._forward = Forward(
             self._transformer, self._dtype, device, request.guidance_scale, request.num_inference_steps
         )
+        self._adapters = AttachedAdapters(request.loras, model, weights, self._dtype, device)
         self._streamer: BlockStreamer | None = None
         self._files = weights.open("transformer")  # last: nothing after it can fail and leave it open
 
@@ -141,11 +137,13 @@ class Denoiser:
         batches = [slice(at, at + size) for at in range(0, len(latents), size)]
         timesteps = self._timesteps(latents, sigmas)
         prepared = []
+        self._adapters.attach(self._transformer, is_conditioning)
         for batch in batches:
             negative = None if negative_embeds is None else negative_embeds[batch]
             prepared.append(
                 self._condition(len(latents[batch]), latents.dtype, timesteps, prompt_embeds[batch], negative)
             )
+        self._adapters.detach()
         self._drop(CONDITIONING)
         self._load_blocks((len(batches) - len(progress.finished)) * len(timesteps) - progress.step)
         on_loaded()
@@ -156,6 +154,7 @@ class Denoiser:
         return torch.cat(progress.finished)
 
     def close(self) -> None:
+        self._adapters.detach()
         if self._streamer is not None:
             self._streamer.close()
         unbind(self._transformer)
@@ -224,6 +223,8 @@ class Denoiser:
         self._streamer = self._weights.streamer(
             self._stage, transformer_blocks(net), self._files, self._device, rounds, self._warn
         )
+        # After the streamer, which puts quantized Linears in the place of others.
+        self._adapters.attach(net, lambda linear: not is_conditioning(linear))
 
     # --------------------------------------------------------------------------------------------------- steps
 

@@ -12,6 +12,7 @@ import torch
 
 from lowmem_flux2.errors import NotExecutable, UsageError
 from lowmem_flux2.folders import cache_folder
+from lowmem_flux2.planning.adapters import LoraLike, lora_files
 from lowmem_flux2.planning.job import AUTO, Machine, plan_job, replay, resolve_machine
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.planner import Selection, StreamFrom
@@ -60,6 +61,8 @@ class Engine:
         may_prepare: quantize weights into the store where a plan needs them; False raises instead.
         allow_format_change: when memory runs out and no plan with the same weight format has a lower peak, go on with a
             smaller format, which changes the picture; recorded in ``report.events`` and ``report.plan.format_changes``.
+        loras: added to the transformer in every call that does not name its own: files, ``(file, scale)`` or
+            ``"FILE:SCALE"``.
         observer: told about stages, steps and events.
 
     Raises:
@@ -90,6 +93,7 @@ class Engine:
         prompt_cache: int | str | None = None,
         may_prepare: bool = True,
         allow_format_change: bool = False,
+        loras: Sequence[LoraLike] = (),
         observer: Observer | None = None,
     ) -> None:
         self._selection = Selection(
@@ -118,6 +122,7 @@ class Engine:
             allow_format_change=allow_format_change,
         )
         self._observer = observer or Silent()
+        self._loras = lora_files(loras)
 
     @classmethod
     def of(
@@ -127,6 +132,7 @@ class Engine:
         engine = cls.__new__(cls)
         engine._source, engine._machine, engine._selection = source, machine, selection
         engine._running, engine._observer = running, observer
+        engine._loras = ()
         return engine
 
     def __enter__(self) -> Engine:
@@ -163,6 +169,7 @@ class Engine:
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         max_sequence_length: int | None = None,
+        loras: Sequence[LoraLike] | None = None,
     ) -> Request:
         """A checked request with the model's defaults. Sizes are rounded down, with a warning, as in diffusers."""
         multiple = self._source.spec.size_multiple
@@ -176,6 +183,7 @@ class Engine:
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
             max_sequence_length=max_sequence_length,
+            loras=self._loras if loras is None else lora_files(loras),
         )
 
     def generate(
@@ -198,12 +206,13 @@ class Engine:
         output_type: OutputType = "pil",
         max_sequence_length: int | None = None,
         callback_on_step_end: StepCallback | None = None,
+        loras: Sequence[LoraLike] | None = None,
         plan: Plan | None = None,
         save_latents: str | Path | None = None,
         from_latents: str | Path | SavedLatents | InterruptedRun | None = None,
         interruption: Interruption | None = None,
     ) -> Generation:
-        """Make pictures. Arguments as in diffusers' Flux2Pipeline and Flux2KleinPipeline; the last five are ours.
+        """Make pictures. Arguments as in diffusers' Flux2Pipeline and Flux2KleinPipeline, ours after the callback.
 
         A KeyboardInterrupt passes through at once: weights are freed, no file is half-written, what was denoised is
         lost. With ``interruption`` it is not: see there.
@@ -211,6 +220,7 @@ class Engine:
         Args:
             seed: image i uses a generator of its own with ``seed + i``; drawn at random where neither seed, generator
                 nor latents are given. Every seed is in the result.
+            loras: in place of the engine's own: files, ``(file, scale)`` or ``"FILE:SCALE"``; ``()`` for none.
             plan: carry this plan out instead of making one.
             save_latents: write the denoised latents there before decoding; never over a file that is there.
             from_latents: decode such a file, or the ``latents`` of a ``DecodeFailed``, and nothing else; only the VAE
@@ -228,7 +238,7 @@ class Engine:
         if from_latents is not None:
             asked = (prompt, image, negative_prompt, height, width, num_inference_steps, sigmas, guidance_scale)
             given = (generator, seed, latents, prompt_embeds, negative_prompt_embeds, plan, save_latents)
-            others: tuple[object, ...] = (*asked, *given, max_sequence_length)
+            others: tuple[object, ...] = (*asked, *given, max_sequence_length, loras)
             if any(value is not None for value in others) or num_images_per_prompt != 1:
                 raise UsageError("from_latents: prompt, seed, size and all else are the latents' own: leave them out")
             saved, name = from_latents, "the latents"
@@ -265,6 +275,7 @@ class Engine:
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
             max_sequence_length=max_sequence_length,
+            loras=loras,
         )
         seeds: tuple[int | None, ...] = (None,) * request.num_images
         if generator is None and latents is None:

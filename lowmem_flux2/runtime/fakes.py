@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lowmem_flux2.planning.formats import ALIGNMENT_BYTES
+from lowmem_flux2.planning.headers import FileHeader
 from lowmem_flux2.planning.models import Component
 from lowmem_flux2.planning.plan import Placement, StagePlan
 from lowmem_flux2.runtime.checkpoint import Tensors
@@ -201,6 +202,9 @@ class FakeWeights:
         for mode in (FakeTensorMode(allow_non_fake_inputs=True), self._live, self._kernels):
             self._modes.enter_context(mode)
         return FakeTensors(self._folder / component, self._hidden_size)
+
+    def adapter(self, header: FileHeader) -> FakeTensors:
+        return FakeTensors(header.path, self._hidden_size)
 
     def close(self) -> None:
         self._absent.clear()

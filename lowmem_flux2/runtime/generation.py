@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lowmem_flux2.errors import DecodeFailed, Interrupted, LowMemFlux2Error
+from lowmem_flux2.planning.adapter_file import read_adapter
 from lowmem_flux2.planning.detect import identify
 from lowmem_flux2.planning.ladder import Resource, next_format, next_rung
 from lowmem_flux2.planning.plan import Plan, Stage
@@ -100,6 +101,9 @@ def carry_out(job: GenerationJob, source: ModelSource, running: Running, observe
         device = torch_device(running.device)
         cache = PromptCache.of(source, plan, device, running.cache, running.prompt_cache_bytes, event)
         plan, inputs = with_known_prompts(cache, source, plan, job.request, inputs)
+    for lora in () if job.resumed is not None else job.request.loras:
+        if (left_out := read_adapter(lora, source.spec).warning) is not None:
+            event(left_out)
     stores = prepared_stores(plan, source, running, observer)
     weights = CheckpointWeights(source.folder, stores, Pinning.of(plan))
     if job.resumed is not None:

@@ -109,6 +109,8 @@ def describe(
         "plan": plan.digest,
         "versions": " ".join(f"{name}=={version}" for name, version in versions.items()),
     }
+    if plan.workload.adapters:
+        texts["lora"] = ", ".join(map(str, plan.workload.adapters))
     if request.negative_prompt:
         texts["negative_prompt"] = request.negative_prompt
     return texts

@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lowmem_flux2.planning.adapters import Lora
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Stage, StagePlan
 from lowmem_flux2.planning.tiles import tile_starts
@@ -73,8 +74,10 @@ def simulate_stage(
     Args:
         folder: holds the model's config files; its weights are not read.
         on_host: on ``device=cpu``, with its kernels; else on a GPU.
-        every_block: run all blocks, layers and tiles, not only those that differ.
+        every_block: run all blocks, layers and tiles, not only those that differ; so it is with LoRAs, as any block may
+            have one.
     """
+    every_block = every_block or bool(workload.adapters)
     with TemporaryDirectory() as made:
         cut = None
         if not every_block and stage.stage == "denoise":
@@ -263,6 +266,7 @@ def _request(work: Workload) -> Request:
         guidance_scale=1.0,
         num_images_per_prompt=work.num_images // work.num_prompts,
         max_sequence_length=work.text_tokens,
+        loras=tuple(Lora(adapter.path, adapter.scale) for adapter in work.adapters),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from lowmem_flux2.planning.headers import FileHeader
 from lowmem_flux2.planning.models import Component
 from lowmem_flux2.planning.plan import StagePlan
 from lowmem_flux2.runtime.checkpoint import TensorFile, Tensors
@@ -28,6 +29,10 @@ class Weights(Protocol):
 
     def open(self, component: Component) -> Tensors:
         """The component's own tensors, unquantized; the caller closes them."""
+        ...
+
+    def adapter(self, header: FileHeader) -> Tensors:
+        """A LoRA's tensors; the caller closes them."""
         ...
 
     def streamer(
@@ -58,6 +63,9 @@ class CheckpointWeights:
 
     def open(self, component: Component) -> TensorFile:
         return TensorFile(self.folder / component)
+
+    def adapter(self, header: FileHeader) -> TensorFile:
+        return TensorFile(header.path, [header])
 
     def streamer(
         self,
