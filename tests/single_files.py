@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import gguf
 import numpy as np
 import tiny
@@ -200,3 +201,49 @@ def write_wide(folder: Path, source: Path) -> Path:
         path.unlink()
     transformer.save_pretrained(folder / "transformer")
     return folder
+
+
+# --- bitsandbytes ---------------------------------------------------------------------------------------------------
+
+
+def bnb_linear(weight: torch.Tensor, kind: str, *, nested: bool) -> tuple[State, torch.Tensor]:
+    """The tensors that bitsandbytes saves for a Linear, by their names after it, and its own decoded weight in fp32."""
+    made = bitsandbytes.nn.Linear4bit(
+        weight.shape[1], weight.shape[0], bias=False, quant_type=kind, compress_statistics=nested
+    )
+    made.weight = bitsandbytes.nn.Params4bit(
+        weight.float(), requires_grad=False, quant_type=kind, compress_statistics=nested
+    )
+    state = {name: tensor.clone() for name, tensor in made.to("cpu").state_dict().items()}
+    # As one row: 0.50.2 takes wrong absmax on a CPU where rows are not a multiple of 64.
+    quantized = made.weight.quant_state
+    quantized.shape = torch.Size((1, weight.numel()))
+    decoded = bitsandbytes.functional.dequantize_4bit(made.weight.data, quantized).view(weight.shape)
+    return state, decoded
+
+
+def write_bnb(folder: Path, source: Path, kind: str, *, nested: bool) -> tuple[Path, Path]:
+    """Copies of a diffusers folder: with transformer and text encoder in bitsandbytes' 4 bits, and with those decoded.
+
+    All Linears are quantized, as both libraries do it, but for lm_head.
+    """
+    quantized, decoded = shutil.copytree(source, folder / "bnb"), shutil.copytree(source, folder / "decoded")
+    for part in ("transformer", "text_encoder"):
+        path = next((source / part).glob("*.safetensors"))
+        stored, plain = {}, {}
+        for name, tensor in load_file(path).items():
+            stored[name] = plain[name] = tensor
+            if tensor.ndim == 2 and (part == "transformer" or ".layers." in name):
+                state, plain[name] = bnb_linear(tensor, kind, nested=nested)
+                stored |= {name.removesuffix("weight") + leaf: value for leaf, value in state.items()}
+        save_file(stored, quantized / part / path.name)
+        save_file({name: tensor.contiguous() for name, tensor in plain.items()}, decoded / part / path.name)
+        config = json.loads((source / part / "config.json").read_text())
+        config["quantization_config"] = {
+            "quant_method": "bitsandbytes",
+            **{"load_in_4bit": True, "load_in_8bit": False, "_load_in_4bit": True, "_load_in_8bit": False},
+            **{"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": nested},
+            **{"bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8"},
+        }
+        (quantized / part / "config.json").write_text(json.dumps(config))
+    return quantized, decoded

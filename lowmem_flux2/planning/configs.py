@@ -39,6 +39,11 @@ OWN_CONFIG_FILE: Final = "lowmem_flux2.json"
 """Optional: a model's own defaults (height, width, steps, guidance, text length) and ``is_distilled``."""
 
 _FORMS: Final[Mapping[str, Form]] = {"Flux2Pipeline": "dev", "Flux2KleinPipeline": "klein"}
+_OTHER_FORMS: Final[Mapping[str, str]] = {
+    "Flux2KleinKVPipeline": "a klein KV model, which computes its references' keys and values once, by themselves: "
+    "that forward is not in this version; take the klein model of the same size",
+    "Flux2KleinInpaintPipeline": "which paints into a masked picture: that is not in this version",
+}
 _ENCODER_OF_FORM: Final[Mapping[Form, Architecture]] = {"dev": "mistral3", "klein": "qwen3"}
 _ARCHITECTURES: Final[Mapping[str, Architecture]] = {
     "Mistral3ForConditionalGeneration": "mistral3",
@@ -107,14 +112,19 @@ class _Section:
         if found != expected:
             raise self.broken(f"_class_name is {found!r}, expected {expected!r}")
 
-    def expect_unquantized(self) -> None:
+    def expect_readable(self) -> None:
+        """Of quantized folders, bitsandbytes' 4 bits alone are read here."""
         method = self.values.get("quantization_config")
-        if method is not None:
-            kind = method.get("quant_method", "unnamed") if isinstance(method, Mapping) else method
-            raise self.broken(
-                f"this checkpoint is already quantized ({kind}); this version reads bf16, fp16 and fp32 ones "
-                "and quantizes them itself"
-            )
+        if method is None:
+            return
+        kind = method.get("quant_method", "unnamed") if isinstance(method, Mapping) else method
+        if kind == "bitsandbytes" and isinstance(method, Mapping) and method.get("load_in_4bit"):
+            return
+        eight = " in 8 bits" if kind == "bitsandbytes" else ""
+        raise self.broken(
+            f"this checkpoint is quantized by {kind}{eight}, which is not read here: take the bf16 release, which is "
+            "quantized here, or one in bitsandbytes' 4 bits, or a single file in fp8 or GGUF"
+        )
 
 
 def read_configs(folder: Path, source: str) -> dict[str, Mapping[str, Any]]:
@@ -151,7 +161,7 @@ def spec_from_configs(
         name: what the model is called in plans.
         source: alias, folder or hub id, for messages.
         configs: parsed JSON objects by the names of `CONFIG_FILES`, and optionally `OWN_CONFIG`.
-        stored_dtype: from safetensors headers where known; else the configs' own ``dtype``, else bf16.
+        stored_dtype: from the weights' headers where there are any; else the configs' own ``dtype``.
 
     Raises:
         CheckpointMissing: a required config is not there.
@@ -166,6 +176,8 @@ def spec_from_configs(
 
     index = sections["model_index"]
     pipeline = index.get("_class_name")
+    if pipeline in _OTHER_FORMS:
+        raise index.broken(f"_class_name is {pipeline!r}, {_OTHER_FORMS[pipeline]}")
     if pipeline not in _FORMS:
         raise index.broken(f"_class_name is {pipeline!r}, expected {' or '.join(_FORMS)}")
     form = _FORMS[pipeline]
@@ -190,7 +202,7 @@ def spec_from_configs(
 
 def _transformer(config: _Section) -> TransformerSpec:
     config.expect_class("Flux2Transformer2DModel")
-    config.expect_unquantized()
+    config.expect_readable()
     in_channels = config.integer("in_channels")
     head_dim, axes = config.integer("attention_head_dim"), config.integers("axes_dims_rope", (32, 32, 32, 32))
     if sum(axes) != head_dim:
@@ -213,7 +225,7 @@ def _transformer(config: _Section) -> TransformerSpec:
 
 
 def _text_encoder(config: _Section, form: Form) -> TextEncoderSpec:
-    config.expect_unquantized()
+    config.expect_readable()
     names = config.get("architectures", ())
     found = config.get("model_type", None) or next((_ARCHITECTURES[n] for n in names if n in _ARCHITECTURES), names)
     architecture = _ENCODER_OF_FORM[form]
@@ -308,9 +320,14 @@ def _check_widths(
 def _stored_dtype(*configs: _Section) -> StoredDtype:
     for config in configs:
         for key in ("dtype", "torch_dtype"):
-            if config.values.get(key) in _STORED_DTYPES:
-                return _STORED_DTYPES[config.values[key]]
-    return "bf16"
+            found = config.values.get(key)
+            if isinstance(found, str) and found in _STORED_DTYPES:
+                return _STORED_DTYPES[found]
+            if found is not None:
+                raise config.broken(f"{key!r} is {found!r}, none of {', '.join(_STORED_DTYPES)}")
+    raise configs[-1].broken(
+        "the key 'dtype' is missing, here and in the transformer's config, and there are no weights to tell it"
+    )
 
 
 def _defaults(own: _Section, form: Form, is_distilled: bool) -> ModelDefaults:

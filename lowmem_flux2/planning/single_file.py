@@ -26,7 +26,7 @@ from lowmem_flux2.planning.gguf_header import is_gguf
 from lowmem_flux2.planning.models import Component, ModelSpec
 from lowmem_flux2.planning.sources import Missing, ModelSource, SingleFile
 from lowmem_flux2.planning.stored import StoredTensor, model_view
-from lowmem_flux2.planning.weight_files import check_component, weight_header
+from lowmem_flux2.planning.weight_files import check_component, check_headers, weight_header
 
 PARTS: Final[tuple[Component, ...]] = ("text_encoder", "vae")
 _FLAGS: Final = {"text_encoder": "--text-encoder", "vae": "--vae"}
@@ -67,7 +67,8 @@ def resolve_file(
         CheckpointMissing, CheckpointBroken: no FLUX.2 transformer in the file, or parts that do not go with it; says
             what was found.
     """
-    view = model_view([weight_header(file)])
+    header = weight_header(file)
+    view = model_view([header])
     config = transformer_config(file, view)
     known = _released(config)
     given = {"text_encoder": text_encoder, "vae": vae}
@@ -86,7 +87,9 @@ def resolve_file(
     }
     configs = _configs(config, found["text_encoder"], found["vae"])
     name = file.resolve().stem
-    spec = spec_from_configs(name, source, configs)
+    spec = spec_from_configs(name, source, configs, stored_dtype="bf16")  # until the weights tell
+    held = check_headers(file, (header,), spec.stored_weights("transformer"))
+    spec = replace(spec, stored_dtype=held.stored_dtype)
     found = {key: _checked(key, part, spec, source) for key, part in found.items()}
     missing = tuple(Missing(part.repo_id, key) for key, part in found.items() if part.folder is None)
     single = SingleFile(file, text_encoder, vae, cache, missing)
@@ -94,8 +97,8 @@ def resolve_file(
         shipped = sources.ASSETS / "configs" / (known or _SHAPES[0])
         return ModelSource(name, "local", None, None, None, spec, shipped, single)
     folder = _assembled(file, configs, found["text_encoder"], found["vae"], cache_folder(cache))
-    stored = sources.check_folder(folder, spec, source)
-    return ModelSource(name, "local", folder, None, None, replace(spec, stored_dtype=stored), folder, single)
+    sources.check_folder(folder, spec, source)
+    return ModelSource(name, "local", folder, None, None, spec, folder, single)
 
 
 def transformer_config(file: Path, view: Mapping[str, StoredTensor]) -> dict[str, Any]:

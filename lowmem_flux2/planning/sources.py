@@ -227,10 +227,12 @@ def _from_folder(folder: Path, name: str, kind: SourceKind, source: str) -> Mode
         single = next(iter(sorted((*folder.glob("*.safetensors"), *folder.glob("*.gguf")))), None)
         hint = f"; if {single.name} in it is the model, give that file: -m {single}" if single else ""
         raise CheckpointMissing(f"{source} is not a diffusers folder: it has no model_index.json{hint}")
-    spec = spec_from_configs(name, source, read_configs(folder, source))
+    configs = read_configs(folder, source)
     # A folder without a single weight file is a model to plan for; one with some of them is a download gone wrong.
-    if not any(next((folder / part).glob("*.safetensors*"), None) for part in get_args(Component)):
-        return ModelSource(name, kind, None, None, None, spec, folder)
+    endings = ("*.safetensors*", "*.gguf")
+    if not any(next((folder / part).glob(ending), None) for part in get_args(Component) for ending in endings):
+        return ModelSource(name, kind, None, None, None, spec_from_configs(name, source, configs), folder)
+    spec = spec_from_configs(name, source, configs, stored_dtype="bf16")  # until the weights tell
     spec = replace(spec, stored_dtype=check_folder(folder, spec, source))
     return ModelSource(name, kind, folder, None, None, spec, folder)
 
@@ -288,7 +290,7 @@ def _from_hub(repo_id: str, cache_dir: Path | None, revision: str | None, offlin
 def _from_snapshot(snapshot: Path, name: str, repo_id: str, revision: str | None) -> ModelSource | None:
     """A cached snapshot as a source if it is complete; half a snapshot is no error: the runtime fetches the rest."""
     try:
-        spec = spec_from_configs(name, repo_id, read_configs(snapshot, repo_id))
+        spec = spec_from_configs(name, repo_id, read_configs(snapshot, repo_id), stored_dtype="bf16")
         spec = replace(spec, stored_dtype=check_folder(snapshot, spec, repo_id))
     except CheckpointMissing:
         return None

@@ -121,10 +121,19 @@ def check_component(
     Raises:
         CheckpointMissing, CheckpointBroken: as `component_headers`, or the count is none of the accepted ones.
     """
-    headers = component_headers(folder, needs)
+    return check_headers(folder, component_headers(folder, needs), accepted_weights, needs)
+
+
+def check_headers(
+    path: Path,
+    headers: tuple[FileHeader, ...],
+    accepted_weights: Collection[int] = (),
+    needs: Callable[[str], bool] = every_tensor,
+) -> ComponentWeights:
+    """`check_component` of files whose headers have been read; ``path`` is for messages."""
     held = [tensor for name, tensor in model_view(headers).items() if needs(name)]
     if not held:
-        raise CheckpointBroken(f"{folder}: its files hold no tensors that are needed")
+        raise CheckpointBroken(f"{path}: its files hold no tensors that are needed")
     num_weights = sum(tensor.num_values for tensor in held if tensor.is_weight)
     bytes_of: Counter[tuple[str, bool]] = Counter()
     for tensor in held:
@@ -133,10 +142,10 @@ def check_component(
     if accepted_weights and num_weights not in accepted_weights:
         wanted = " or ".join(str(count) for count in sorted(accepted_weights))
         raise CheckpointBroken(
-            f"{folder}: the files hold {num_weights} weights (mostly {dtype}), the config implies {wanted}: "
+            f"{path}: the files hold {num_weights} weights (mostly {dtype}), the config implies {wanted}: "
             "config and weights are of different models, or the weights are quantized in a form that is not known here"
         )
-    return ComponentWeights(folder, headers, num_weights, sum(bytes_of.values()), dtype, is_quantized)
+    return ComponentWeights(path, headers, num_weights, sum(bytes_of.values()), dtype, is_quantized)
 
 
 def _weight_file(folder: Path) -> tuple[Path, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import single_files as forms
 import tiny
 import torch
+from diffusers.quantizers.bfl.utils import dequantize_fp8r, quantize_fp8r
 from safetensors.torch import save_file
 
 from lowmem_flux2 import Engine
+from lowmem_flux2.cli import app
 from lowmem_flux2.planning.sources import resolve_model
 from lowmem_flux2.runtime.checkpoint import TensorFile
 
@@ -22,11 +25,12 @@ ASKED: dict[str, Any] = {
 }
 
 
-def latents(model: Path, weight_format: str, *, parts: Path | None = None, dtype: str = "fp32") -> torch.Tensor:
-    """What a model makes of one prompt's embeddings; of a single file with the text encoder and VAE of ``parts``."""
+def latents(model: Path, weight_format: str, *, parts: Path | None = None, prompt: str | None = None) -> torch.Tensor:
+    """What a model makes of a prompt, or of embeddings; of a single file with the text encoder and VAE of ``parts``."""
     given = {} if parts is None else {"text_encoder": str(parts), "vae": str(parts)}
-    engine = Engine(str(model), dtype=dtype, weight_format=weight_format, text_weight_format=dtype, **given)
-    made: torch.Tensor = engine.generate(**ASKED).images
+    engine = Engine(str(model), dtype="fp32", weight_format=weight_format, text_weight_format="fp32", **given)
+    asked = ASKED if prompt is None else {**ASKED, "prompt_embeds": None, "prompt": prompt, "max_sequence_length": 64}
+    made: torch.Tensor = engine.generate(**asked).images
     return made
 
 
@@ -80,3 +84,85 @@ def test_rows_are_those_of_diffusers_converter(guidance: bool, tmp_path: Path) -
                 part = torch.empty(3, tensor.shape[1])
                 files.read_rows_from(name, len(tensor) // 2 - 1, part)  # across the swapped halves of norm_out
                 assert torch.equal(part, tensor[len(tensor) // 2 - 1 :][:3]), name
+
+
+# --- fp8 ------------------------------------------------------------------------------------------------------------
+
+FP8: dict[str, dict[str, Any]] = {
+    "rows": {"by_row": True, "ending": ".weight_scale", "beside": ".input_scale"},
+    "tensor": {"by_row": False, "ending": ".weight_scale", "beside": ".input_scale"},
+    "comfyui": {"by_row": False, "ending": ".scale_weight", "beside": ".scale_input"},
+}
+
+
+@pytest.mark.parametrize("case", FP8)
+def test_fp8(case: str, tmp_path: Path, tiny_klein: Path) -> None:
+    bfl = forms.bfl_state(forms.transformer_state(tiny_klein))
+    stored, decoded = forms.fp8_state(bfl, **FP8[case])
+    if case == "comfyui":
+        stored = forms.prefixed({**stored, "scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)})
+    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, tmp_path / "x.safetensors")
+    reference = forms.with_transformer(tmp_path / "reference", tiny_klein, forms.diffusers_state(decoded))
+    check(tmp_path / "x.safetensors", tiny_klein, reference, ("fp32", "int8") if case == "rows" else ("fp32",))
+
+
+def test_fp8_rows_decode_as_in_diffusers() -> None:
+    weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    stored, decoded = forms.fp8_state({"double_blocks.0.x.weight": weight}, **FP8["rows"])
+    quantized, scale = quantize_fp8r(weight)
+    assert torch.equal(stored["double_blocks.0.x.weight_scale"], scale)
+    assert torch.equal(decoded["double_blocks.0.x.weight"], dequantize_fp8r(quantized, scale))
+
+
+# --- GGUF -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory, tiny_klein: Path) -> Path:
+    return forms.write_wide(tmp_path_factory.mktemp("wide") / "klein", tiny_klein)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "F16", "BF16", "F32"])
+def test_gguf(kind: str, tmp_path: Path, wide: Path) -> None:
+    bfl = forms.bfl_state(forms.transformer_state(wide))
+    prefix = forms.COMFY_PREFIX if kind == "Q8_0" else ""
+    decoded = forms.write_gguf(tmp_path / "x", bfl, kind, prefix=prefix)
+    reference = forms.with_transformer(tmp_path / "reference", wide, forms.diffusers_state(decoded))
+    assert resolve_model(str(tmp_path / "x"), text_encoder=str(wide)).spec.transformer.num_single == 2
+    check(tmp_path / "x", wide, reference, ("fp32", "int8") if kind == "Q4_K" else ("fp32",))
+
+
+# --- bitsandbytes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "nested"), [("nf4", True), ("nf4", False), ("fp4", True)])
+def test_bitsandbytes_folder(kind: str, nested: bool, tmp_path: Path, tiny_klein: Path) -> None:
+    folder, reference = forms.write_bnb(tmp_path, tiny_klein, kind, nested=nested)
+    assert resolve_model(str(folder)).spec.stored_dtype == "bf16"
+    for weight_format in ("fp32", "int8") if nested else ("fp32",):
+        expected = latents(reference, weight_format, prompt="a red circle")
+        assert torch.equal(latents(folder, weight_format, prompt="a red circle"), expected)
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_takes_a_single_file(
+    tmp_path: Path, cache: Path, tiny_klein: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``prepare``, ``plan --json`` and ``generate --plan`` of an fp8 file."""
+    stored, _ = forms.fp8_state(forms.bfl_state(forms.transformer_state(tiny_klein)), **FP8["rows"])
+    file = tmp_path / "x.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, file)
+    model = ["-m", str(file), "--text-encoder", str(tiny_klein), "--dtype", "fp32"]
+    request = ["-W", "64", "-H", "64", "--steps", "1", "--guidance", "1", "--max-sequence-length", "64"]
+    run = partial(app, standalone_mode=False)
+    run(["prepare", *model, "--weight-format", "int8", "--component", "transformer"])
+    assert [entry.name[:16] for entry in (cache / "prepared").glob("*/")] == ["transformer-int8"]
+    capsys.readouterr()
+    run(["plan", *model, *request, "--weight-format", "int8", "--json"])
+    plan = tmp_path / "plan.json"
+    plan.write_text(capsys.readouterr().out)
+    asked = ["-p", "a red circle", "-s", "1", "--plan", str(plan), "-o", str(tmp_path / "out.png"), "--no-prepare"]
+    run(["generate", *model[:4], *request, *asked])
+    assert (tmp_path / "out.png").is_file()
