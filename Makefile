@@ -10,7 +10,7 @@ demo: .venv/.installed
 	$(BIN)/lowmem-flux2 generate -p "$(PROMPT)"
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile  # a process a core; a file stays in one
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff format --check .
