@@ -17,7 +17,8 @@ from lowmem_flux2.planning.workload import Workload
 from lowmem_flux2.simulating import Comparison, compare_stage
 
 MODELS = ("flux2-dev", "flux2-klein-4b", "flux2-klein-9b", "flux2-klein-base-4b", "flux2-klein-base-9b")
-FORMATS = ("plain", "int8", "int4", "nf4", "fp8")
+FORMATS = ("plain", "int8", "int6", "nf4", "w8a8")
+"""int4 expands as int6 does, fp8 as int8."""
 PLACEMENTS = ("resident", "pinned", "disk", "mixed")
 CHUNKS = (0,)
 TILES = (0, *TILE_SIDES_PX)

@@ -28,7 +28,7 @@ VARIANTS: dict[str, tuple[tuple[Placement, ...], int]] = {
 def cases(bench: Bench) -> list[Case]:
     """dev's blocks in each format; the whole of klein-4b, its text encoder streamed too, in each format."""
     plain = compute_dtype(Selection(), bench.machine.hardware)
-    formats = (plain, "int8", "fp8", "nf4", "int4")
+    formats = (plain, "int8", "w8a8", "int6", "fp8", "nf4", "int4")
     made = [Case(f"dev-{name}", partial(_compare, "dev", name, False), 40) for name in formats]
     made += [Case(f"klein-4b-{name}", partial(_compare, "klein-4b", name, True), 40) for name in formats]
     made.insert(1, made.pop(len(formats)))  # both models in bf16 first

@@ -21,7 +21,9 @@ GUESS_S = {"dev": 90.0, "klein-9b": 35.0, "klein-4b": 20.0}
 def cases(bench: Bench) -> list[Case]:
     """Each model in each format, the middle one first."""
     plain = compute_dtype(Selection(), bench.machine.hardware)
-    pairs = [(name, weight_format) for name in GUESS_S for weight_format in (plain, "int8", "fp8", "nf4", "int4")]
+    pairs = [
+        (name, weight_format) for name in GUESS_S for weight_format in (plain, "int8", "w8a8", "int6", "fp8", "nf4", "int4")
+    ]
     first = [("klein-9b", plain), ("klein-9b", "int8"), ("dev", "int8"), ("klein-4b", plain), ("dev", "nf4")]
     ordered = [*first, *(pair for pair in reversed(pairs) if pair not in first)]
     return [

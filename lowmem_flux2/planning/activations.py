@@ -5,7 +5,8 @@ same peaks by running the modules on fake tensors; both agree within 3 % (tests,
 Neither has the allocator's rounding to 512 bytes in common with a margin: that is ``cost.margin_bytes``.
 
 Sizes below are elements of the compute dtype unless they say bytes. A quantized Linear holds its weight W expanded
-while it runs, and ``scratch`` bytes a weight besides while expanding it, before its output exists.
+while it runs, and ``scratch`` bytes a weight besides while expanding it, before its output exists. One that multiplies
+integers expands nothing; beside its output it holds the pieces it is at (``WeightFormat.pieces_bytes``).
 """
 
 from __future__ import annotations
@@ -31,18 +32,20 @@ MODULATION_WIDTHS = 16
 class Expansion:
     """Bytes that one weight of a Linear takes while it runs, and at most while it is expanded; 0 where it is not."""
 
+    fmt: WeightFormat
     expanded: float
     expanding: float
 
     @staticmethod
     def of(fmt: WeightFormat, dtype_bytes: int) -> Expansion:
-        if not fmt.is_quantized:
-            return Expansion(0, 0)
-        return Expansion(dtype_bytes, dtype_bytes + fmt.scratch_bytes_per_weight)
+        if not fmt.is_quantized or fmt.compute_class:
+            return Expansion(fmt, 0, 0)
+        return Expansion(fmt, dtype_bytes, dtype_bytes + fmt.scratch_bytes_per_weight)
 
-    def linear_bytes(self, held: float, weights: int, output: float) -> float:
+    def linear_bytes(self, held: float, rows: int, columns: int, tokens: float, output: float) -> float:
         """The peak of one Linear: ``held`` bytes live throughout, its input among them, ``output`` bytes are made."""
-        return held + max(weights * self.expanding, weights * self.expanded + output)
+        weights, pieces = rows * columns, self.fmt.pieces_bytes(rows, columns, tokens)
+        return held + max(weights * self.expanding, weights * self.expanded + output + pieces)
 
 
 def denoise_activation_bytes(
@@ -110,10 +113,10 @@ def _block_bytes(sizes: _BlockSizes, expansion: Expansion) -> float:
     row = sizes.joint * sizes.dtype_bytes
     fp32 = (3 if sizes.dtype_bytes < FP32_BYTES else 2) * FP32_BYTES
     return max(
-        expansion.linear_bytes(2 * h * row, h * (3 * h + 2 * m), (3 * h + 2 * m) * row),
+        expansion.linear_bytes(2 * h * row, 3 * h + 2 * m, h, sizes.joint, (3 * h + 2 * m) * row),
         (8 * h + 2 * m) * row + h * sizes.joint * fp32,
         (9 * h + 4 * m) * row,
-        expansion.linear_bytes((8 * h + 4 * m) * row, h * (h + m), h * row),
+        expansion.linear_bytes((8 * h + 4 * m) * row, h, h + m, sizes.joint, h * row),
     )
 
 
@@ -134,16 +137,18 @@ def _chunked_block_bytes(sizes: _BlockSizes, chunks: _Chunks, row_sums: int, exp
     h, m, b = sizes.hidden, sizes.mlp, sizes.dtype_bytes
     joint, image, text = h * sizes.joint * b, h * sizes.image * b, h * sizes.text * b
     turning = (2 * b + 3 * FP32_BYTES if b < FP32_BYTES else 5 * FP32_BYTES) * h * max(chunks)
-    output = expansion.linear_bytes(3 * joint + 2 * h * m * expansion.expanded, h * (h + m), 4 * m * chunks.joint * b)
+    output = expansion.linear_bytes(
+        3 * joint + 2 * h * m * expansion.expanded, h, h + m, chunks.joint, 4 * m * chunks.joint * b
+    )
     image_held, text_held = 2 * joint + 3 * image, 5 * joint
     entering = 2 * h * m * expansion.expanded
     return max(
-        expansion.linear_bytes(5 * joint, h * h, turning),
+        expansion.linear_bytes(5 * joint, h, h, max(chunks), turning),
         6 * joint + row_sums,
         output,
-        expansion.linear_bytes(image_held + entering, h * m, 4 * m * chunks.image * b),
+        expansion.linear_bytes(image_held + entering, h, m, chunks.image, 4 * m * chunks.image * b),
         image_held + 2 * image,
-        expansion.linear_bytes(text_held + entering, h * m, 4 * m * chunks.text * b),
+        expansion.linear_bytes(text_held + entering, h, m, chunks.text, 4 * m * chunks.text * b),
         text_held + 2 * text,
     )
 
@@ -205,8 +210,8 @@ def encode_activation_bytes(
     held = 3 * h * row
     peak = max(
         held + 3 * i * row,
-        expansion.linear_bytes(held + i * row, h * i, i * row),
-        expansion.linear_bytes(held + i * row, h * i, h * row),
+        expansion.linear_bytes(held + i * row, i, h, largest * length, i * row),
+        expansion.linear_bytes(held + i * row, h, i, largest * length, h * row),
         held - h * row + (4 * q + 2 * kv) * row + largest * length**2 * b,
     )
     waiting = (sum(batches) - largest) * length * h * b

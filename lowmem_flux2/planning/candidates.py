@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from lowmem_flux2.planning.cost import stage_cost, stage_work
+from lowmem_flux2.planning.flops import compute_rate, linear_rate
 from lowmem_flux2.planning.formats import FORMATS, PLAIN_FORMATS
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
@@ -74,7 +75,7 @@ class Job:
         cached = self.cached_batches if stage == "encode" else 0
         bares = [
             replace(StagePlan.bare(stage, name, dtype), step_cache=cache, batch_size=batch, cached_batches=cached)
-            for name in _formats(self, fixed, dtype)
+            for name in _formats(self, stage, fixed, dtype)
             for cache in caches
             for batch in batches
         ]
@@ -163,8 +164,12 @@ def pinning_fits(stage: StagePlan, limits: Limits) -> bool:
     return not stage.count(Placement.PINNED) or stage.cost.host_pinned_bytes <= limits.pinnable_bytes
 
 
-def _formats(job: Job, fixed: str, dtype: str) -> list[str]:
-    """Formats to try: of the unquantized ones only the compute dtype, and none that another beats in every respect."""
+def _formats(job: Job, stage: Stage, fixed: str, dtype: str) -> list[str]:
+    """Formats to try: of the unquantized ones only the compute dtype, and none that another beats in every respect.
+
+    One that computes in its own class is there to be faster: for denoising, where speed is preferred and it is. A text
+    encoder runs once, and a language model's inputs have the outliers that such formats round worst.
+    """
     names = [
         name
         for name in (FORMATS if fixed == "auto" else (fixed,))
@@ -172,7 +177,18 @@ def _formats(job: Job, fixed: str, dtype: str) -> list[str]:
         and runs_on(name, job.hardware)
         and (name == dtype or name not in PLAIN_FORMATS)
     ]
+    if fixed == "auto":
+        names = [name for name in names if not FORMATS[name].compute_class or _is_worth_it(name, job, stage, dtype)]
     return [name for name in names if not any(_beats(other, name) for other in names)]
+
+
+def _is_worth_it(name: str, job: Job, stage: Stage, dtype: str) -> bool:
+    plain = compute_rate(job.hardware, dtype)
+    return (
+        stage == "denoise"
+        and job.selection.prefer == "speed"
+        and (linear_rate(job.hardware, dtype, FORMATS[name]) > plain)
+    )
 
 
 SAME_BYTES = 1.001
@@ -186,6 +202,7 @@ def _beats(one: str, other: str) -> bool:
     mine, its = FORMATS[one], FORMATS[other]
     return (
         mine.weight_error < its.weight_error
+        and mine.compute_class == its.compute_class
         and mine.bytes_per_weight <= SAME_BYTES * its.bytes_per_weight
         and mine.scratch_bytes_per_weight <= its.scratch_bytes_per_weight
     )

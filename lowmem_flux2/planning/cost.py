@@ -151,7 +151,7 @@ def _denoise_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwa
     chunks = workload.sequence_tokens // stage.chunk_tokens if stage.chunk_tokens else 1
     launches_s = CHUNK_OVERHEADS * overhead_s * max(chunks - 1, 0)
     double_ns, single_ns = (
-        nanoseconds(passes * (compute_seconds(hardware, stage.compute_dtype, linear, attention) + launches_s), 1)
+        nanoseconds(passes * (compute_seconds(hardware, stage.compute_dtype, linear, attention, fmt) + launches_s), 1)
         for linear in (double, single)
     )
     text_input = passes * workload.text_tokens * dims.joint_dim * dtype_bytes
@@ -182,9 +182,9 @@ def _encode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
     sizes = batch_sizes(workload, stage.batch_size)[stage.cached_batches :]
     most = batches_a_pass(dims, stage.batch_size, length, dtype_bytes)
     passes = [tuple(sizes[at : at + most]) for at in range(0, len(sizes), most)]
+    dtype, overheads = stage.compute_dtype, hardware.layer_overheads
     batches_s = sum(
-        compute_seconds(hardware, stage.compute_dtype, *layer_flops(model, workload, prompts), hardware.layer_overheads)
-        for prompts in sizes
+        compute_seconds(hardware, dtype, *layer_flops(model, workload, prompts), fmt, overheads) for prompts in sizes
     )
     layer_ns = nanoseconds(batches_s / max(len(passes), 1), 1)
     embedding = length * dims.joint_dim * dtype_bytes

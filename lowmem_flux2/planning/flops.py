@@ -2,12 +2,13 @@
 
 Rates are ``Hardware``'s: peak times an achievable fraction of its own for matmuls and for attention, assumed or
 measured as the profile says. A matmul runs in the class of the compute dtype; weights stored in fewer bits are expanded
-to it first.
+to it first. Only Linears of a format with a compute class of its own run in that one.
 """
 
 from __future__ import annotations
 
 from lowmem_flux2.planning.activations import decoder_channels
+from lowmem_flux2.planning.formats import WeightFormat
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec, VaeSpec
 from lowmem_flux2.planning.workload import Workload
@@ -20,6 +21,10 @@ ENCODER_OVERHEADS = 14
 """Launches of the encoder's 10 resnets, attention and convolutions, in block overheads. Assumed."""
 CHUNK_OVERHEADS = 0.5
 """Launches of each chunk of tokens beyond the first (feed-forward, attention output), in block overheads. Assumed."""
+INTEGER_SHARE = 0.5
+"""What Linears of int8 inputs and weights reach of the matmul rate of int8. Assumed, not measured: their products are
+written, scaled and rounded apart from the matmul, some 24 bytes of device memory for each. On an RTX 4090 (1 TB/s) that
+is as long as the matmul itself for dev's widest Linear (6144 columns), on an RTX 3060 half as long."""
 
 
 def block_flops(model: ModelSpec, workload: Workload, batch: int) -> tuple[float, float, float]:
@@ -94,10 +99,22 @@ def attention_rate(hardware: Hardware, compute_dtype: str) -> float:
     return min(rate, compute_rate(hardware, "fp32"))
 
 
+def linear_rate(hardware: Hardware, compute_dtype: str, fmt: WeightFormat) -> float:
+    """FLOP/s of Linears in a weight format."""
+    if not fmt.compute_class:
+        return compute_rate(hardware, compute_dtype)
+    return INTEGER_SHARE * compute_rate(hardware, fmt.compute_class)
+
+
 def compute_seconds(
-    hardware: Hardware, compute_dtype: str, linear_flops: float, attention_flops: float, overheads: float = 1.0
+    hardware: Hardware,
+    compute_dtype: str,
+    linear_flops: float,
+    attention_flops: float,
+    fmt: WeightFormat,
+    overheads: float = 1.0,
 ) -> float:
     """Linear and attention FLOPs, each at its class's rate, and so many block overheads."""
-    linear_s = linear_flops / compute_rate(hardware, compute_dtype)
+    linear_s = linear_flops / linear_rate(hardware, compute_dtype, fmt)
     attention_s = attention_flops / attention_rate(hardware, compute_dtype)
     return linear_s + attention_s + overheads * hardware.block_overhead_s

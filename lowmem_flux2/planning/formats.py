@@ -1,8 +1,10 @@
 """The weight formats: bytes with scales, transient, least GPU, and what each costs in fidelity.
 
 The *stored* format is not the compute dtype: int8 and nf4 here are storage; a Linear's weight is expanded to the
-compute dtype for its matmul (the transient) and dropped again. Every stored tensor is written down here once more than
-in `runtime.quantize`, so that planning needs no torch; tests compare both for every block of every model.
+compute dtype for its matmul (the transient) and dropped again. w8a8 alone computes in a class of its own: its weights
+rest as int8's do, each token's input is quantized to int8 too, and integers are multiplied. Every stored tensor is
+written down here once more than in `runtime.quantize`, so that planning needs no torch; tests compare both for every
+block of every model.
 
 What is quantized: the weights of Linears in blocks, 97.6 % of dev's transformer. What is not, and why:
 
@@ -31,9 +33,13 @@ SECTOR_BYTES = 4096
 """Every block's span starts at a multiple of this and is as long: reads past the page cache want offset, length and
 memory aligned to the device's logical block, 512 or 4096 bytes."""
 GROUP = 128
-"""Weights that share a scale and a shift in int4 (optimum-quanto's default group size for qint4)."""
+"""Weights that share a scale and a shift in int4 and int6 (optimum-quanto's default group size for qint4)."""
 NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
 """bitsandbytes: weights per absmax, and absmax values per nested absmax (double quantization)."""
+
+INT8_TOKENS, INT8_ROWS = 512, 16384
+"""w8a8 multiplies so many tokens by so many rows of the weight at a time: its int32 products take 32 MiB at most, and
+each matmul still fills a large GPU."""
 
 Storage = Callable[[int, int, int], tuple[int, ...]]
 """(rows, columns, bytes of the compute dtype) of a Linear's weight -> bytes of each tensor that holds it."""
@@ -66,6 +72,13 @@ def _int4(rows: int, columns: int, dtype_bytes: int) -> tuple[int, ...]:
     return groups * ceil(group / 2), groups * dtype_bytes, groups * dtype_bytes
 
 
+def _int6(rows: int, columns: int, dtype_bytes: int) -> tuple[int, ...]:
+    """Four weights in three bytes: their low four bits two a byte, their high two bits four a byte; scale and shift."""
+    group = group_size(columns)
+    groups = rows * columns // group
+    return groups * (ceil(group / 2) + ceil(group / 4)), groups * dtype_bytes, groups * dtype_bytes
+
+
 @dataclass(frozen=True, slots=True)
 class WeightFormat:
     """One stored format.
@@ -74,8 +87,11 @@ class WeightFormat:
         storage: bytes of the tensors that hold a Linear's weight; None where they rest unquantized.
         scratch_bytes_per_weight: live while a Linear's weight is expanded, per weight, besides the weight expanded.
         least_capability: CUDA compute capability that the format's compute dtype needs; None for any.
-        weight_error: relative error of Gaussian weights; the planner's order until latents are measured.
+        weight_error: relative error of a Linear's result with Gaussian weights, which for storage formats is that of
+            the weights; the planner's order until latents are measured.
         provenance: where ``weight_error`` is from.
+        compute_class: class of the matmuls of Linears; "" for the compute dtype's own.
+        storage_of: format whose prepared store serves this one too; "" for none but its own.
     """
 
     name: str
@@ -84,6 +100,13 @@ class WeightFormat:
     least_capability: tuple[int, int] | None
     weight_error: float
     provenance: str
+    compute_class: str = ""
+    storage_of: str = ""
+
+    @property
+    def stored_as(self) -> str:
+        """Name of the format in the prepared store."""
+        return self.storage_of or self.name
 
     @property
     def is_quantized(self) -> bool:
@@ -106,11 +129,24 @@ class WeightFormat:
 
     def transient_bytes(self, block: BlockSpec, dtype_bytes: int = 2) -> int:
         """Bytes live while the block's largest Linear runs, besides its stored weight: the weight in the compute dtype,
-        and what expanding it takes."""
+        and what expanding it takes; or the pieces of an integer matmul."""
         if self.storage is None:
             return 0
+        if self.compute_class:
+            return _aligned(max(self.pieces_bytes(rows, columns, INT8_TOKENS) for rows, columns in block.linears))
         largest = max(rows * columns for rows, columns in block.linears)
         return _aligned(ceil(largest * (dtype_bytes + self.scratch_bytes_per_weight)))
+
+    def pieces_bytes(self, rows: int, columns: int, tokens: float) -> int:
+        """Live at most in the integer matmul of a (rows, columns) weight, beside its input and output; else 0.
+
+        First the piece's input, divided by its scales in fp32, and rounded to int8; then that, the products in int32
+        and once more in fp32.
+        """
+        if not self.compute_class:
+            return 0
+        piece = min(tokens, INT8_TOKENS)
+        return ceil(piece * columns + max(4 * piece * columns, 8 * piece * min(rows, INT8_ROWS)))
 
     def plain_bytes(self, weights: int, dtype_bytes: int = 2) -> int:
         """Bytes of weights that are not quantized."""
@@ -143,8 +179,9 @@ PLAIN_FORMATS = ("fp32", "fp16", "bf16")
 _EXACT = "exact: the checkpoint's own bf16 values"
 _FP16 = "assumed: fp16 keeps more digits than bf16, but values beyond its range are clipped or lost"
 _WEIGHT_TABLE = "relative weight error on Gaussian weights, measured 2026 on CPU; not yet an error of latents"
+_INT8_TABLE = "relative error of a Linear's result, Gaussian weights, heavy-tailed inputs, measured 2026 on CPU"
 
-# Scratch: int4 unpacks one half of its bytes at a time (0.5 bytes a weight); nf4 expands its absmax values to fp32,
+# Scratch: int4 and int6 unpack one half of their low bits at a time (0.5 bytes a weight); nf4 expands its absmax values to fp32,
 # twice for a moment (2 * 4/64). Measured on a CPU with torch's profiler (tests), not on a GPU.
 FORMATS: dict[str, WeightFormat] = {
     fmt.name: fmt
@@ -153,6 +190,8 @@ FORMATS: dict[str, WeightFormat] = {
         WeightFormat("bf16", None, 0, (8, 0), 0.0, _EXACT),
         WeightFormat("fp16", None, 0, None, 0.0002, _FP16),
         WeightFormat("int8", _int8, 0, None, 0.008, _WEIGHT_TABLE),
+        WeightFormat("w8a8", _int8, 0, (7, 5), 0.016, _INT8_TABLE, compute_class="int8", storage_of="int8"),
+        WeightFormat("int6", _int6, 0.5, None, 0.025, _WEIGHT_TABLE),
         WeightFormat("fp8", _fp8, 0, None, 0.033, _WEIGHT_TABLE),
         WeightFormat("nf4", _nf4, 8 / NF4_BLOCK, None, 0.092, _WEIGHT_TABLE),
         WeightFormat("int4", _int4, 0.5, None, 0.100, _WEIGHT_TABLE),

@@ -52,10 +52,11 @@ def next_format(
     plan: Plan, name: Stage, model: ModelSpec, support: Support = SUPPORTED, resource: Resource = "device"
 ) -> Plan | None:
     """The plan with this stage in the most faithful smaller weight format that has a lower peak, for when no rung is
-    left; None where there is none.
+    left; None where there is none. Formats that compute in their own class are there for speed, and no rung.
     """
     current = plan.stage(name)
-    smaller = [fmt for fmt in FORMATS if FORMATS[fmt].weight_error > FORMATS[current.weight_format].weight_error]
+    now = FORMATS[current.weight_format]
+    smaller = [name for name, fmt in FORMATS.items() if fmt.weight_error > now.weight_error and not fmt.compute_class]
     for fmt in sorted(smaller, key=lambda fmt: FORMATS[fmt].weight_error):
         job = _job(plan, current, fmt, model, support)
         lower = _lowered(plan, current, job, (lambda stage: stage.batch_size == current.batch_size,), resource)

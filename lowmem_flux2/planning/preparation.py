@@ -19,7 +19,7 @@ CHECKSUM_BYTES_PER_S = 780e6
 """blake2b, one thread of the same processor."""
 
 Prepared = Collection[tuple[Component, str, str]]
-"""(component, weight format, compute dtype) of what the store holds for a model."""
+"""(component, format as stored, compute dtype) of what the store holds for a model."""
 
 
 def preparations(
@@ -33,12 +33,12 @@ def preparations(
     missing = []
     for stage in stages:
         fmt = FORMATS[stage.weight_format]
-        if not fmt.is_quantized or (stage.component, stage.weight_format, stage.compute_dtype) in prepared:
+        if not fmt.is_quantized or (stage.component, fmt.stored_as, stage.compute_dtype) in prepared:
             continue
         blocks = model.transformer.blocks if stage.component == "transformer" else model.text_encoder.blocks
         weights = sum(block.total_weights for block in blocks)
         read, written = DTYPE_BYTES[model.stored_dtype] * weights, sum(block_sizes(stage, model))
         seconds = (read + written) / hardware.disk_read_bytes_per_s + written / CHECKSUM_BYTES_PER_S
-        seconds += weights / WEIGHTS_PER_S.get(stage.weight_format, SLOWEST_WEIGHTS_PER_S)
-        missing.append(Preparation(stage.component, stage.weight_format, read, written, seconds))
+        seconds += weights / WEIGHTS_PER_S.get(fmt.stored_as, SLOWEST_WEIGHTS_PER_S)
+        missing.append(Preparation(stage.component, fmt.stored_as, read, written, seconds))
     return tuple(missing)

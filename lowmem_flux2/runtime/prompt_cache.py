@@ -60,6 +60,7 @@ def encoder_identity(folder: Path, model: ModelSpec, plan: Plan, device: torch.d
         "libraries": {name: metadata.version(name) for name in LIBRARIES},
         "arithmetic": arithmetic_of(device),
         "encoder": entry_of(folder, "text_encoder", stage.weight_format, stage.compute_dtype).name,
+        "weight_format": stage.weight_format,
         "form": model.form,
         "out_layers": model.text_encoder.out_layers,
         "length": plan.workload.text_tokens,

@@ -2,8 +2,9 @@
 
 The stored tensors are plain buffers, so layouts, streaming and the prepared store treat a quantized block like any
 other. Only this file knows a quantization library. int8 and int4 are optimum-quanto's qint8 (per row) and qint4 (in
-groups of 128), equal in every value, but in torch alone: its last release is of 2025-03, and its tensor subclasses
-cannot be bound to a slot. nf4 is bitsandbytes'.
+groups of 128; int6 likewise), equal in every value, but in torch alone: its last release is of 2025-03, and its tensor subclasses
+cannot be bound to a slot. nf4 is bitsandbytes'. w8a8 is stored as int8 and multiplies integers (`int8_matmul`, which
+says why torchao does not).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from lowmem_flux2.planning.formats import NF4_BLOCK, NF4_NESTED_BLOCK, group_size
+from lowmem_flux2.runtime.int8_matmul import int8_linear
 
 PIECE_WEIGHTS = 1 << 18
 """Quantized at a time: temporaries of 1 MiB that stay in a core's cache, whatever the Linear's size."""
@@ -120,6 +122,15 @@ class Int8Linear(StoredLinear):
         return self.weight.to(self.compute_dtype).mul_(self.scale)
 
 
+class W8A8Linear(Int8Linear):
+    """int8's weights, multiplied as they are: the input is quantized a token at a time, nothing is expanded."""
+
+    format_name = "w8a8"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return int8_linear(x, self.weight, self.scale, self.bias)
+
+
 class Fp8Linear(StoredLinear):
     """A cast to e4m3, no scales, as diffusers' layerwise casting stores it; values beyond 448 saturate."""
 
@@ -138,45 +149,105 @@ class Fp8Linear(StoredLinear):
         return self.weight.to(self.compute_dtype)
 
 
-class Int4Linear(StoredLinear):
-    """Affine, a scale and a shift per 128 weights of a row: w = s q + z, q in 0..15, two to a byte.
+class _AffineLinear(StoredLinear):
+    """A scale and a shift per ``group_size`` weights of a row: w = s q + z, q whole, from 0 to ``levels`` - 1."""
 
-    The scheme of optimum-quanto's qint4 with MaxOptimizer, the shift kept as a float.
-    """
-
-    format_name = "int4"
+    levels: ClassVar[int]
     weight: torch.Tensor
     scale: torch.Tensor
     shift: torch.Tensor
+
+    @classmethod
+    @abstractmethod
+    def packed_bytes(cls, group: int) -> int:
+        """Of the whole numbers of a group."""
+
+    @classmethod
+    @abstractmethod
+    def pack(cls, values: torch.Tensor) -> torch.Tensor:
+        """Whole numbers (groups, weights of a group) in uint8 to (groups, ``packed_bytes``)."""
+
+    @classmethod
+    @abstractmethod
+    def unpack(cls, packed: torch.Tensor, expanded: torch.Tensor) -> None:
+        """Whole numbers into ``expanded``, (groups, weights of a group) of a float dtype."""
 
     @classmethod
     def storage(cls, rows: int, columns: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         group = group_size(columns)
         groups = rows * columns // group
         return {
-            "weight": ((groups, (group + 1) // 2), torch.uint8),
+            "weight": ((groups, cls.packed_bytes(group)), torch.uint8),
             "scale": ((groups, 1), dtype),
             "shift": ((groups, 1), dtype),
         }
 
     @classmethod
     def quantize_rows(cls, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        group = group_size(weight.shape[1])
-        grouped = weight.reshape(-1, group)
+        grouped = weight.reshape(-1, group_size(weight.shape[1]))
         low, high = grouped.amin(dim=1, keepdim=True), grouped.amax(dim=1, keepdim=True)
-        scale = (high - low) / 15
+        most = cls.levels - 1
+        scale = (high - low) / most
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-        values = (grouped - low).div_(scale).round_().clamp_(0, 15).to(torch.uint8)
-        packed = values[:, 0::2].clone()
-        packed[:, : group // 2] |= values[:, 1::2] << 4
-        return {"weight": packed, "scale": scale, "shift": low}
+        values = (grouped - low).div_(scale).round_().clamp_(0, most).to(torch.uint8)
+        return {"weight": cls.pack(values), "scale": scale, "shift": low}
 
     def dequantize(self) -> torch.Tensor:
         group = group_size(self.in_features)
         expanded = torch.empty(len(self.weight), group, dtype=self.compute_dtype, device=self.weight.device)
-        expanded[:, 0::2] = self.weight & 15
-        expanded[:, 1::2] = self.weight[:, : group // 2] >> 4
+        self.unpack(self.weight, expanded)
         return expanded.mul_(self.scale).add_(self.shift).view(self.out_features, self.in_features)
+
+
+class Int4Linear(_AffineLinear):
+    """16 levels, two weights a byte: optimum-quanto's qint4 with MaxOptimizer, the shift kept as a float."""
+
+    format_name = "int4"
+    levels = 16
+
+    @classmethod
+    def packed_bytes(cls, group: int) -> int:
+        return (group + 1) // 2
+
+    @classmethod
+    def pack(cls, values: torch.Tensor) -> torch.Tensor:
+        packed = values[:, 0::2].clone()
+        packed[:, : values.shape[1] // 2] |= values[:, 1::2] << 4
+        return packed
+
+    @classmethod
+    def unpack(cls, packed: torch.Tensor, expanded: torch.Tensor) -> None:
+        expanded[:, 0::2] = packed & 15
+        expanded[:, 1::2] = packed[:, : expanded.shape[1] // 2] >> 4
+
+
+class Int6Linear(_AffineLinear):
+    """64 levels, four weights in three bytes: a group's low four bits as int4 packs them, then its high two bits,
+    four a byte."""
+
+    format_name = "int6"
+    levels = 64
+
+    @classmethod
+    def packed_bytes(cls, group: int) -> int:
+        return (group + 1) // 2 + (group + 3) // 4
+
+    @classmethod
+    def pack(cls, values: torch.Tensor) -> torch.Tensor:
+        low, high = Int4Linear.pack(values & 15), values >> 4
+        quarters = high[:, 0::4].clone()
+        for place in (1, 2, 3):
+            part = high[:, place::4]
+            quarters[:, : part.shape[1]] |= part << 2 * place
+        return torch.cat([low, quarters], dim=1)
+
+    @classmethod
+    def unpack(cls, packed: torch.Tensor, expanded: torch.Tensor) -> None:
+        split = (expanded.shape[1] + 1) // 2
+        Int4Linear.unpack(packed[:, :split], expanded)
+        for place in range(4):
+            part = expanded[:, place::4]
+            part.add_((packed[:, split : split + part.shape[1]] >> 2 * place).bitwise_and_(3), alpha=16)
 
 
 class Nf4Linear(StoredLinear):
@@ -290,7 +361,7 @@ def _cell(values: torch.Tensor) -> torch.Tensor:
 
 
 STORED: dict[str, type[StoredLinear]] = {
-    kind.format_name: kind for kind in (Int8Linear, Fp8Linear, Nf4Linear, Int4Linear)
+    kind.format_name: kind for kind in (Int8Linear, W8A8Linear, Int6Linear, Fp8Linear, Nf4Linear, Int4Linear)
 }
 
 

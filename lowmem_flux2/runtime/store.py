@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from lowmem_flux2.errors import CheckpointBroken, UsageError
+from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.weight_files import component_headers, no_tensor
 from lowmem_flux2.runtime.blockfile import StoredBlock, block_path
 from lowmem_flux2.runtime.cache import MANIFEST, entry_folder, repair
@@ -41,7 +42,7 @@ SAMPLES, SAMPLE_BYTES = 16, 4096
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What an entry holds; its name in the cache is made of these."""
+    """What an entry holds; its name in the cache is made of these. The weight format is the stored one."""
 
     component: str
     weight_format: str
@@ -64,6 +65,7 @@ def entry_of(folder: Path, component: str, weight_format: str, dtype: str) -> En
         UsageError: the format's library is not installed.
         CheckpointBroken, CheckpointMissing: the source cannot be read.
     """
+    weight_format = FORMATS[weight_format].stored_as
     digest = hashlib.sha256(f"schema {SCHEMA} {weight_format} {dtype}".encode())
     if weight_format in LIBRARIES:
         try:
@@ -159,14 +161,17 @@ class PreparedStore:
     def total_bytes(self) -> int:
         return sum(self.manifest.block_bytes)
 
-    def sources(self, blocks: Blocks) -> list[BlockSource]:
+    def sources(self, blocks: Blocks, weight_format: str = "") -> list[BlockSource]:
         """Convert the blocks to this store's format, on the meta device, and pair each with its file.
+
+        Args:
+            weight_format: one that is stored as this store's is, to compute in.
 
         Raises:
             CheckpointBroken: the layout is not the one that was written.
         """
         dtype = DTYPES[self.manifest.dtype]
-        modules = blocks.converted(self.manifest.weight_format, dtype).modules
+        modules = blocks.converted(weight_format or self.manifest.weight_format, dtype).modules
         layouts = [layout_of(module, "", dtype) for module in modules]
         if layout_digest(layouts) != self.manifest.layout:
             raise CheckpointBroken(

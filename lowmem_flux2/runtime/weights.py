@@ -76,10 +76,10 @@ class CheckpointWeights:
         rounds: int,
         warn: Callable[[str], None],
     ) -> BlockStreamer:
-        store = self.stores.get(stage.component)
+        store, dtype = self.stores.get(stage.component), DTYPES[stage.compute_dtype]
         return BlockStreamer(
             blocks=blocks.modules,
-            sources=store.sources(blocks) if store else blocks.sources(tensors, DTYPES[stage.compute_dtype]),
+            sources=store.sources(blocks, stage.weight_format) if store else blocks.sources(tensors, dtype),
             placements=stage.block_placements,
             device=device,
             slots=stage.slots,

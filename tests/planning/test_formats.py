@@ -15,7 +15,7 @@ def test_dev_blocks_have_the_bytes_of_the_design() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "bits"), [("fp32", 32), ("bf16", 16), ("int8", 8), ("fp8", 8), ("nf4", 4.127), ("int4", 4.25)]
+    ("name", "bits"), [("fp32", 32), ("bf16", 16), ("int8", 8), ("w8a8", 8), ("int6", 6.25), ("fp8", 8), ("nf4", 4.127), ("int4", 4.25)]
 )
 def test_a_format_takes_its_bits_per_weight(name: str, bits: float) -> None:
     block = spec(DEV).transformer.single_block
@@ -35,7 +35,7 @@ def test_sizes_are_whole_multiples_of_the_alignment(name: str) -> None:
 def test_transients_are_what_expanding_the_largest_weight_allocates() -> None:
     block = spec(DEV).transformer.single_block
     weights = max(rows * columns for rows, columns in block.linears)
-    for name, per_weight in (("bf16", 0), ("int8", 2), ("fp8", 2), ("nf4", 2.125), ("int4", 2.5)):
+    for name, per_weight in (("bf16", 0), ("int8", 2), ("fp8", 2), ("nf4", 2.125), ("int4", 2.5), ("int6", 2.5)):
         assert FORMATS[name].transient_bytes(block) == pytest.approx(per_weight * weights, rel=1e-3)
         of_fp32 = (per_weight + 2) * weights if FORMATS[name].is_quantized else 0
         assert FORMATS[name].transient_bytes(block, dtype_bytes=4) == pytest.approx(of_fp32, rel=1e-3)

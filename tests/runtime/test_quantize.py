@@ -22,7 +22,7 @@ from lowmem_flux2.runtime.device import DTYPES
 from lowmem_flux2.runtime.layout import layout_of
 from lowmem_flux2.runtime.quantize import STORED, StoredLinear, convert
 
-MEASURED = {"int8": 0.008, "fp8": 0.033, "nf4": 0.092, "int4": 0.100}
+MEASURED = {"int8": 0.008, "w8a8": 0.008, "int6": 0.025, "fp8": 0.033, "nf4": 0.092, "int4": 0.100}
 """Relative errors that planning counts on, on Gaussian weights of a deviation as FLUX.2's have: fp8's depends on it."""
 DEVIATION = 0.02
 SHAPES = [(48, 64), (5, 33), (7, 96), (3, 1), (1, 129), (130, 160)]
@@ -62,7 +62,8 @@ def test_storage_is_what_quantizing_gives_at_any_width(name: str, shape: tuple[i
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", STORED)
 def test_weight_errors_are_those_that_planning_counts_on(name: str, dtype: str) -> None:
-    assert FORMATS[name].weight_error == MEASURED[name]
+    if not FORMATS[name].compute_class:
+        assert FORMATS[name].weight_error == MEASURED[name]
     weight = gaussian(512, 1024).to(DTYPES[dtype])
     error = relative_error(quantized(name, weight, DTYPES[dtype]).dequantize(), weight)
     assert error == pytest.approx(MEASURED[name], rel=0.1)
@@ -92,7 +93,7 @@ def test_pieces_give_what_the_whole_gives(name: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("name", [name for name in STORED if not FORMATS[name].compute_class])
 def test_forward_is_linear_with_the_dequantized_weight(name: str, dtype: str, bias: bool) -> None:
     kind = DTYPES[dtype]
     linear = quantized(name, gaussian(24, 96), kind, gaussian(24, seed=1) if bias else None)

@@ -21,7 +21,9 @@ from stores import contents, entries, latents, prepared, weights_of
 
 from lowmem_flux2 import cli
 from lowmem_flux2.errors import CheckpointBroken, CheckpointMissing, DoesNotFit, UsageError
+from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.sources import resolve_model
+from lowmem_flux2.preparing import prepared_of
 from lowmem_flux2.runtime import prepare as preparation
 from lowmem_flux2.runtime import store
 from lowmem_flux2.runtime.prepare import prepare
@@ -67,7 +69,7 @@ def dequantized(folder: Path, target: Path, weight_format: str) -> Path:
 # ------------------------------------------------------------------------------------------------- right bytes
 
 
-@pytest.mark.parametrize("weight_format", STORED)
+@pytest.mark.parametrize("weight_format", [name for name in STORED if not FORMATS[name].compute_class])
 @pytest.mark.parametrize("form", FORMS)
 def test_placements_of_a_format_agree_with_weights_dequantized_in_memory(
     form: str, weight_format: str, sources: dict[str, Path], tmp_path: Path
@@ -77,6 +79,27 @@ def test_placements_of_a_format_agree_with_weights_dequantized_in_memory(
     for placement in ("resident", "pageable", "disk"):
         assert torch.equal(latents(sources[form], tmp_path, weight_format, placement), reference), placement
     assert not torch.equal(latents(sources[form], tmp_path, "fp32"), reference)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_w8a8_takes_the_store_of_int8_and_no_placement_changes_it(
+    form: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    expanded = latents(sources[form], tmp_path, "int8")
+    seen = {path: path.stat().st_mtime_ns for path in (tmp_path / "prepared").rglob("*")}
+    found = [latents(sources[form], tmp_path, "w8a8", placement) for placement in ("resident", "pageable", "disk")]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "prepared").rglob("*")} == seen
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], expanded)
+    assert (found[0] - expanded).norm() < 0.5 * expanded.norm()
+
+
+def test_an_entry_made_for_w8a8_is_that_of_int8(tiny_klein: Path, tmp_path: Path) -> None:
+    made = prepared(tiny_klein, tmp_path, "w8a8")
+    assert made.manifest.weight_format == "int8"
+    assert prepared(tiny_klein, tmp_path, "int8", on_start=pytest.fail) == made
+    source = resolve_model(str(tiny_klein), offline=True)
+    assert prepared_of(source, tmp_path) == {("transformer", "int8", "fp32")}
 
 
 def test_a_second_run_takes_the_store_as_it_is(tiny_klein: Path, tmp_path: Path) -> None:
