@@ -200,7 +200,8 @@ def prepare(
     text_encoder: opt.TextEncoder = None,
     vae: opt.Vae = None,
     weight_format: Annotated[
-        str, typer.Option("--weight-format", help="int8 (serves w8a8 too), int6, fp8, nf4 (needs bitsandbytes) or int4.")
+        str,
+        typer.Option("--weight-format", help="int8 (serves w8a8 too), int6, fp8, nf4 (needs bitsandbytes) or int4."),
     ] = "int8",
     component: Annotated[
         opt.Prepared, typer.Option("--component", help="What to prepare; both, one after the other, if not given.")

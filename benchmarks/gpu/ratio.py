@@ -22,7 +22,9 @@ def cases(bench: Bench) -> list[Case]:
     """Each model in each format, the middle one first."""
     plain = compute_dtype(Selection(), bench.machine.hardware)
     pairs = [
-        (name, weight_format) for name in GUESS_S for weight_format in (plain, "int8", "w8a8", "int6", "fp8", "nf4", "int4")
+        (name, weight_format)
+        for name in GUESS_S
+        for weight_format in (plain, "int8", "w8a8", "int6", "fp8", "nf4", "int4")
     ]
     first = [("klein-9b", plain), ("klein-9b", "int8"), ("dev", "int8"), ("klein-4b", plain), ("dev", "nf4")]
     ordered = [*first, *(pair for pair in reversed(pairs) if pair not in first)]

@@ -181,8 +181,8 @@ _FP16 = "assumed: fp16 keeps more digits than bf16, but values beyond its range 
 _WEIGHT_TABLE = "relative weight error on Gaussian weights, measured 2026 on CPU; not yet an error of latents"
 _INT8_TABLE = "relative error of a Linear's result, Gaussian weights, heavy-tailed inputs, measured 2026 on CPU"
 
-# Scratch: int4 and int6 unpack one half of their low bits at a time (0.5 bytes a weight); nf4 expands its absmax values to fp32,
-# twice for a moment (2 * 4/64). Measured on a CPU with torch's profiler (tests), not on a GPU.
+# Scratch: int4 and int6 unpack one half of their low bits at a time (0.5 bytes a weight); nf4 expands its absmax values
+# to fp32, twice for a moment (2 * 4/64). Measured on a CPU with torch's profiler (tests), not on a GPU.
 FORMATS: dict[str, WeightFormat] = {
     fmt.name: fmt
     for fmt in (
@@ -190,7 +190,7 @@ FORMATS: dict[str, WeightFormat] = {
         WeightFormat("bf16", None, 0, (8, 0), 0.0, _EXACT),
         WeightFormat("fp16", None, 0, None, 0.0002, _FP16),
         WeightFormat("int8", _int8, 0, None, 0.008, _WEIGHT_TABLE),
-        WeightFormat("w8a8", _int8, 0, (7, 5), 0.016, _INT8_TABLE, compute_class="int8", storage_of="int8"),
+        WeightFormat("w8a8", _int8, 0, (7, 5), 0.022, _INT8_TABLE, compute_class="int8", storage_of="int8"),
         WeightFormat("int6", _int6, 0.5, None, 0.025, _WEIGHT_TABLE),
         WeightFormat("fp8", _fp8, 0, None, 0.033, _WEIGHT_TABLE),
         WeightFormat("nf4", _nf4, 8 / NF4_BLOCK, None, 0.092, _WEIGHT_TABLE),

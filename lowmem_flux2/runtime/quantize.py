@@ -2,9 +2,9 @@
 
 The stored tensors are plain buffers, so layouts, streaming and the prepared store treat a quantized block like any
 other. Only this file knows a quantization library. int8 and int4 are optimum-quanto's qint8 (per row) and qint4 (in
-groups of 128; int6 likewise), equal in every value, but in torch alone: its last release is of 2025-03, and its tensor subclasses
-cannot be bound to a slot. nf4 is bitsandbytes'. w8a8 is stored as int8 and multiplies integers (`int8_matmul`, which
-says why torchao does not).
+groups of 128), equal in every value, but in torch alone: its last release is of 2025-03, and its tensor subclasses
+cannot be bound to a slot. int6 is int4's scheme with 64 levels. nf4 is bitsandbytes'. w8a8 is stored as int8 and
+multiplies integers (`int8_matmul`, which says why torchao does not).
 """
 
 from __future__ import annotations

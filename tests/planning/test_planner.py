@@ -263,7 +263,7 @@ def test_an_unquantized_weight_format_is_honoured_with_its_compute_dtype(name: s
         assert {stage.weight_format for stage in plain.stages} == {name}
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8", "nf4", "int4"])
+@pytest.mark.parametrize("name", ["int8", "w8a8", "int6", "fp8", "nf4", "int4"])
 def test_a_quantized_weight_format_is_honoured_and_runs_with_its_library(name: str) -> None:
     for selection, stage in (
         (Selection(weight_format=name), "denoise"),
@@ -286,6 +286,19 @@ def test_a_quantized_weight_format_is_honoured_and_named_where_it_cannot_run(nam
     plan = plan_for(KLEIN_4B, "rtx-4090-24gb", 64, selection=selection, support=UNQUANTIZED)
     assert plan.stage("encode").weight_format == name
     assert plan.not_executable == (f"text_encoder weights in {name}{remedy}",)
+
+
+def test_int8_compute_is_taken_for_speed_alone_and_where_it_is_faster() -> None:
+    for prefer in PREFERENCES:
+        plan = plan_for(DEV, "rtx-4090-24gb", 64, selection=Selection(prefer=prefer))
+        assert (plan.stage("denoise").weight_format == "w8a8") == (prefer == "speed")
+        assert plan.stage("encode").weight_format != "w8a8"
+    fast = Selection(prefer="speed")
+    assert plan_for(DEV, "h100-80gb", 64, selection=fast).stage("denoise").weight_format != "w8a8"
+    asked = plan_for(DEV, "rtx-4090-24gb", 64, selection=Selection(weight_format="w8a8"))
+    stored = plan_for(DEV, "rtx-4090-24gb", 64, selection=Selection(weight_format="int8"))
+    assert asked.stage("denoise").cost.compute_s < 0.6 * stored.stage("denoise").cost.compute_s
+    assert {made.weight_format for made in asked.preparations if made.component == "transformer"} == {"int8"}
 
 
 def test_a_format_is_planned_only_where_its_library_is() -> None:
