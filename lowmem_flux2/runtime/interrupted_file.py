@@ -88,10 +88,11 @@ _TENSORS = ("noise", "prompt_embeds", "negative_prompt_embeds", "finished", "und
 
 
 def weights_of(source: ModelSource, plan: Plan) -> str:
-    """A fingerprint of the transformer that a plan denoises with."""
+    """A fingerprint of the transformer that a plan denoises with, and the format it computes in."""
     assert source.folder is not None
     stage = plan.stage("denoise")
-    return entry_of(source.folder, "transformer", stage.weight_format, stage.compute_dtype).name
+    entry = entry_of(source.folder, "transformer", stage.weight_format, stage.compute_dtype)
+    return f"{stage.weight_format} {entry.name}"
 
 
 def interrupted_run(
