@@ -27,6 +27,7 @@ from lowmem_flux2.runtime.interrupted_file import InterruptedRun, read_saved
 from lowmem_flux2.runtime.interruption import Interruption
 from lowmem_flux2.runtime.latents_file import SUFFIX, LatentImage, SavedLatents
 from lowmem_flux2.runtime.picture import OutputPattern, describe, save_png
+from lowmem_flux2.runtime.reference_images import load_references
 from lowmem_flux2.runtime.running import Running
 from lowmem_flux2.runtime.versions import versions
 
@@ -114,7 +115,8 @@ def carry_out(asked: Asked, made: Plan, running: Running, seeds: list[int], outp
 
     with ConsoleObserver(output.err, output.quiet) as observer, Interruption().on_sigint() as interruption:
         engine = Engine.of(asked.source, asked.machine, asked.selection, running, observer)
-        inputs = Inputs(on_picture=save, interruption=interruption)
+        pictures = load_references(request.references)
+        inputs = Inputs(on_picture=save, interruption=interruption, references=pictures)
         try:
             result = engine.run(request, made, inputs, seeds, save_latents=output.save_latents)
         except Interrupted as stopped:

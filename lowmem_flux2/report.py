@@ -16,6 +16,7 @@ from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning.identity import Identity
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Plan
+from lowmem_flux2.planning.references import Reference
 from lowmem_flux2.units import format_bytes, format_seconds
 
 
@@ -59,6 +60,7 @@ class Report:
         cached_prompts: came from the prompt cache.
         machine: where it ran; None where NVML does not know the GPU.
         spec: the model in numbers: reports outlive the folders that models were in.
+        references: images that the pictures were made after.
     """
 
     plan: Plan
@@ -69,6 +71,7 @@ class Report:
     cached_prompts: tuple[str, ...] = ()
     machine: Identity | None = None
     spec: ModelSpec | None = None
+    references: tuple[Reference, ...] = ()
 
     @property
     def peak_vram_bytes(self) -> int:
@@ -100,6 +103,7 @@ class Report:
             "events": list(self.events),
             "cached_prompts": list(self.cached_prompts),
             "images": [asdict(image) for image in self.images],
+            "references": [asdict(reference) for reference in self.references],
             "versions": dict(self.versions),
             "machine": None if self.machine is None else asdict(self.machine),
             "model": None if self.spec is None else asdict(self.spec),

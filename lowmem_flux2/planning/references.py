@@ -29,11 +29,18 @@ _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """One reference image after preprocessing; pixels, multiples of a latent patch. ``name`` is for people."""
+    """One reference image after preprocessing.
+
+    Args:
+        name: its file, or what to call it.
+        width, height: pixels, multiples of a latent patch.
+        bound_px: side of the square whose area it was reduced to, if it was larger.
+    """
 
     name: str
     width: int
     height: int
+    bound_px: int = STOCK_BOUND_PX
 
     def __str__(self) -> str:
         return f"{self.name} {self.width}x{self.height}"
@@ -71,7 +78,7 @@ def reference_of(name: str, width: int, height: int, multiple: int, bound_px: in
         raise UsageError(f"{name}: {width}x{height} is too long for a reference: at most {MOST_ASPECT}:1; crop it")
     if not LEAST_BOUND_PX <= bound_px <= MOST_BOUND_PX:
         raise UsageError(f"the image size must be {LEAST_BOUND_PX} to {MOST_BOUND_PX} px, not {bound_px}")
-    return Reference(name, *reduced(width, height, multiple, bound_px))
+    return Reference(name, *reduced(width, height, multiple, bound_px), bound_px)
 
 
 def picture_size(path: Path) -> tuple[int, int]:

@@ -29,8 +29,6 @@ class Support:
             lacks.append(f"step cache {stage.step_cache}")
         if stage.chunk_tokens and not self.chunk_tokens:
             lacks.append(f"token chunks of {stage.chunk_tokens}")
-        if stage.stage == "reference":
-            lacks.append("reference images")
         return tuple(lacks)
 
     def missing_of(self, stages: Iterable[StagePlan]) -> tuple[str, ...]:

@@ -28,11 +28,11 @@ from lowmem_flux2.runtime.device import DTYPES, release_memory
 from lowmem_flux2.runtime.forward import Forward, StepConditioning
 from lowmem_flux2.runtime.layout import load_module, unbind
 from lowmem_flux2.runtime.references import References
+from lowmem_flux2.runtime.step_hook import StepHook
 from lowmem_flux2.runtime.streaming import BlockStreamer
 from lowmem_flux2.runtime.weights import Weights
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
-StepCallback = Callable[[object, int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 
 EVERY_STEP = ("x_embedder", "norm_out", "proj_out")
 
@@ -100,6 +100,7 @@ class Denoiser:
         )
         self._adapters = AttachedAdapters(request.loras, model, weights, self._dtype, device)
         self._streamer: BlockStreamer | None = None
+        self._interrupt = False
         self._files = weights.open("transformer")  # last: nothing after it can fail and leave it open
 
     @torch.no_grad()
@@ -112,7 +113,7 @@ class Denoiser:
         references: References | None = None,
         progress: Progress | None = None,
         sigmas: Sequence[float] | None = None,
-        callback: StepCallback | None = None,
+        hook: StepHook | None = None,
         on_loaded: Callable[[], None] = lambda: None,
         on_step: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
@@ -124,7 +125,7 @@ class Denoiser:
             negative_embeds: the same for the second guidance pass, or None.
             references: of every image, joined to its tokens at each step.
             progress: where to go on, and kept up to date at each step; None starts from the noise.
-            callback: diffusers' ``callback_on_step_end``, with ``latents`` only.
+            hook: called after each step.
 
         Returns:
             Packed latents (images, height * width, channels) on the host.
@@ -148,10 +149,20 @@ class Denoiser:
         self._load_blocks((len(batches) - len(progress.finished)) * len(timesteps) - progress.step)
         on_loaded()
         for batch, (steps, texts) in list(zip(batches, prepared, strict=True))[len(progress.finished) :]:
-            done = self._run(latents[batch], references, progress, timesteps, sigmas, steps, texts, callback, on_step)
+            after = None if hook is None else self._calling(hook, prompt_embeds[batch])
+            done = self._run(latents[batch], references, progress, timesteps, sigmas, steps, texts, after, on_step)
             progress.finished.append(done)
             progress.latents, progress.step = None, 0
         return torch.cat(progress.finished)
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a step's hook wants no more steps of the batch under way: what there is becomes its pictures."""
+        return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, wanted: bool) -> None:
+        self._interrupt = wanted
 
     def close(self) -> None:
         self._adapters.detach()
@@ -228,6 +239,16 @@ class Denoiser:
 
     # --------------------------------------------------------------------------------------------------- steps
 
+    def _calling(
+        self, hook: StepHook, prompt_embeds: torch.Tensor
+    ) -> Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]:
+        """(step, timestep, latents) -> the latents that the hook leaves, for a batch with these embeddings."""
+
+        def after(step: int, moment: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+            return hook(self, step, moment, {"latents": latents, "prompt_embeds": prompt_embeds})
+
+        return after
+
     def _run(
         self,
         noise: torch.Tensor,
@@ -237,7 +258,7 @@ class Denoiser:
         sigmas: Sequence[float] | None,
         steps: Sequence[StepConditioning],
         texts: Sequence[torch.Tensor],
-        callback: StepCallback | None,
+        after: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None,
         on_step: Callable[[], None],
     ) -> torch.Tensor:
         """All steps of one batch; (B, channels, height, width) -> packed (B, tokens, channels), host."""
@@ -246,6 +267,7 @@ class Denoiser:
         if references is not None:
             image_ids = torch.cat([image_ids, references.ids.to(self._device).expand(len(noise), -1, -1)], dim=1)
             beside = references.latents.to(self._device, self._dtype).repeat(len(noise), 1, 1)
+        self._interrupt = False
         latents = progress.latents
         if latents is None:
             latents = Flux2Pipeline._pack_latents(noise.to(self._device))
@@ -261,13 +283,10 @@ class Denoiser:
             advanced = self._scheduler.step(prediction, moment, latents, return_dict=False)[0]
             if not bool(torch.isfinite(advanced).all()):
                 self._forward.explain_non_finite(streamer, index, tokens, passes, conditioning)
-            latents = advanced
-            if callback is not None:
-                changed = callback(self, index, moment, {"latents": latents}) or {}
-                latents = changed.pop("latents", latents)
-                if changed:
-                    raise UsageError(f"the step callback may change only 'latents', not {', '.join(changed)}")
+            latents = advanced if after is None else after(index, moment, advanced)
             progress.latents, progress.step = latents, index + 1
             on_step()
+            if self._interrupt:
+                break
         finished: torch.Tensor = latents.to("cpu")
         return finished

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -16,10 +17,12 @@ from lowmem_flux2.planning.adapters import LoraLike, lora_files
 from lowmem_flux2.planning.job import AUTO, Machine, plan_job, replay, resolve_machine
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.planner import Selection, StreamFrom
+from lowmem_flux2.planning.references import Reference
 from lowmem_flux2.planning.sources import ModelSource, resolve_model
 from lowmem_flux2.planning.workload import Preference, Request, image_seeds, make_request
 from lowmem_flux2.runtime.cache import prompt_cache_limit
-from lowmem_flux2.runtime.denoise import Generators, StepCallback
+from lowmem_flux2.runtime.call import check_alone, check_stock, check_together
+from lowmem_flux2.runtime.denoise import Generators
 from lowmem_flux2.runtime.device import torch_device
 from lowmem_flux2.runtime.download import with_weights
 from lowmem_flux2.runtime.generation import Generation, GenerationJob, carry_out
@@ -29,7 +32,9 @@ from lowmem_flux2.runtime.interrupted_file import InterruptedRun, read_saved
 from lowmem_flux2.runtime.interruption import Interruption
 from lowmem_flux2.runtime.latents_file import LatentImage, SavedLatents
 from lowmem_flux2.runtime.observer import Observer, Silent
+from lowmem_flux2.runtime.reference_images import prepare_references
 from lowmem_flux2.runtime.running import Running
+from lowmem_flux2.runtime.step_hook import StepCallback, StepHook
 from lowmem_flux2.units import parse_bytes
 
 __all__ = ["Engine", "Generation"]
@@ -169,6 +174,7 @@ class Engine:
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         max_sequence_length: int | None = None,
+        references: tuple[Reference, ...] = (),
         loras: Sequence[LoraLike] | None = None,
     ) -> Request:
         """A checked request with the model's defaults. Sizes are rounded down, with a warning, as in diffusers."""
@@ -183,6 +189,7 @@ class Engine:
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
             max_sequence_length=max_sequence_length,
+            references=references,
             loras=self._loras if loras is None else lora_files(loras),
         )
 
@@ -191,6 +198,7 @@ class Engine:
         prompt: str | Sequence[str] | None = None,
         *,
         image: object = None,
+        image_size: int | None = None,
         negative_prompt: str | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -204,8 +212,11 @@ class Engine:
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         output_type: OutputType = "pil",
-        max_sequence_length: int | None = None,
+        attention_kwargs: Mapping[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
+        text_encoder_out_layers: Sequence[int] | None = None,
         loras: Sequence[LoraLike] | None = None,
         plan: Plan | None = None,
         save_latents: str | Path | None = None,
@@ -218,6 +229,11 @@ class Engine:
         lost. With ``interruption`` it is not: see there.
 
         Args:
+            image: reference images, up to ten: a PIL image, a path, an array (h, w, channels) or a tensor
+                (channels, h, w) in [0, 1] or in 8 bits, a batch of these, or a list.
+            image_size: reduces them to at most so many pixels squared; 1024 if not given, as the stock pipelines do.
+            attention_kwargs, text_encoder_out_layers: taken at the values that they have anyway.
+            callback_on_step_end: see ``runtime.step_hook.StepCallback``.
             seed: image i uses a generator of its own with ``seed + i``; drawn at random where neither seed, generator
                 nor latents are given. Every seed is in the result.
             loras: in place of the engine's own: files, ``(file, scale)`` or ``"FILE:SCALE"``; ``()`` for none.
@@ -235,29 +251,23 @@ class Engine:
             DecodeFailed: the latents are done, and in the exception, but no picture could be made of them.
             DoesNotFit, CheckpointError, RunError: see ``lowmem_flux2.errors``.
         """
+        hook = None
+        if callback_on_step_end is not None:
+            hook = StepHook(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
+        check_stock(self._source.spec, attention_kwargs, text_encoder_out_layers)
         if from_latents is not None:
-            asked = (prompt, image, negative_prompt, height, width, num_inference_steps, sigmas, guidance_scale)
-            given = (generator, seed, latents, prompt_embeds, negative_prompt_embeds, plan, save_latents)
-            others: tuple[object, ...] = (*asked, *given, max_sequence_length, loras)
-            if any(value is not None for value in others) or num_images_per_prompt != 1:
-                raise UsageError("from_latents: prompt, seed, size and all else are the latents' own: leave them out")
+            asked = (prompt, image, image_size, negative_prompt, height, width, num_inference_steps, sigmas)
+            given = (guidance_scale, generator, seed, latents, prompt_embeds, negative_prompt_embeds, plan)
+            several = None if num_images_per_prompt == 1 else num_images_per_prompt
+            check_alone(*asked, *given, save_latents, max_sequence_length, several, loras)
             saved, name = from_latents, "the latents"
             if isinstance(saved, str | Path):
                 saved, name = read_saved(Path(saved)), str(saved)
             if isinstance(saved, SavedLatents) and callback_on_step_end is not None:
                 raise UsageError("from_latents: these are denoised, so that no step calls back: leave out the callback")
-            hooks = Inputs(callback=callback_on_step_end, interruption=interruption)
+            hooks = Inputs(hook=hook, interruption=interruption)
             return self.resume(saved, name, output_type, hooks)
-        if image is not None:
-            raise UsageError("reference images (image=...) are not in this version")
-        if (prompt is None) == (prompt_embeds is None):
-            raise UsageError("give either prompt or prompt_embeds, and not both")
-        if generator is not None and seed is not None:
-            raise UsageError("give either seed or generator, and not both")
-        if latents is not None and seed is not None:
-            raise UsageError("give either seed or latents, and not both: latents are the noise that a seed would draw")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise UsageError(f"output_type {output_type!r}: one of pil, np, pt, latent")
+        check_together(prompt, prompt_embeds, generator, seed, latents, output_type)
         if sigmas is not None and num_inference_steps is None:
             num_inference_steps = len(sigmas)
         if prompt is None:
@@ -266,6 +276,7 @@ class Engine:
                 raise UsageError(f"prompt_embeds have the shape {tuple(prompt_embeds.shape)}: (prompts, tokens, width)")
             prompt = ["(embeddings)"] * prompt_embeds.shape[0]
             max_sequence_length = int(prompt_embeds.shape[1])
+        references, pictures = prepare_references(image, self._source.spec.size_multiple, image_size)
         request = self.request(
             prompt,
             negative_prompt=negative_prompt,
@@ -275,6 +286,7 @@ class Engine:
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
             max_sequence_length=max_sequence_length,
+            references=references,
             loras=loras,
         )
         seeds: tuple[int | None, ...] = (None,) * request.num_images
@@ -286,7 +298,8 @@ class Engine:
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             sigmas=sigmas,
-            callback=callback_on_step_end,
+            hook=hook,
+            references=pictures,
             interruption=interruption,
         )
         check_inputs(self._source.spec, request, inputs)
@@ -306,7 +319,7 @@ class Engine:
 
         Args:
             name: what to call them in messages.
-            hooks: ``on_picture``, whose number is that of the row in ``saved``, ``callback``, ``interruption``.
+            hooks: ``on_picture``, whose number is that of the row in ``saved``, ``hook``, ``interruption``.
 
         Raises:
             UsageError: latents of a model with another VAE, or another transformer.
@@ -317,7 +330,7 @@ class Engine:
             inputs = replace(
                 saved.inputs,
                 on_picture=hooks.on_picture,
-                callback=hooks.callback,
+                hook=hooks.hook,
                 interruption=hooks.interruption,
             )
             job = GenerationJob(origin.request, plan, inputs, origin.images, output_type, interrupted=saved)

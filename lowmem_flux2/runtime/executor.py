@@ -1,4 +1,4 @@
-"""Runs a Plan: encode, denoise, decode, each loaded, run, measured and freed before the next.
+"""Runs a Plan: encode, reference where there are any, denoise, decode, each loaded, run, measured and freed in turn.
 
 One component's weights live at a time. The executor makes no policy; what the plan asks for and this version lacks is
 refused before anything is loaded.
@@ -40,6 +40,8 @@ from lowmem_flux2.runtime.recovery import (
     rung_words,
     with_format_change,
 )
+from lowmem_flux2.runtime.reference_encoder import ReferenceEncoder, joined
+from lowmem_flux2.runtime.references import References
 from lowmem_flux2.runtime.weights import Weights
 
 
@@ -62,6 +64,7 @@ class UnderWay:
     embeds: torch.Tensor
     negative: torch.Tensor | None
     progress: Progress
+    references: References | None = None
 
 
 class Executor:
@@ -123,7 +126,8 @@ class Executor:
         self._interruption = inputs.interruption or self._interruption
         packed = inputs.packed
         if packed is None:
-            packed = self._denoise(request, inputs, *self._encode(request, inputs))
+            embeds, negative = self._encode(request, inputs)
+            packed = self._denoise(request, inputs, embeds, negative, self._reference(inputs))
         self._outcome.packed_latents = packed
         if inputs.on_latents is not None:
             inputs.on_latents(packed, self._plan)
@@ -176,15 +180,36 @@ class Executor:
 
         self._climb("encode", len(passes) * len(planned.block_placements), attempt, begun)
 
+    def _reference(self, inputs: Inputs) -> References | None:
+        """Every reference image's latents, once for all steps and images; they stay on the host until denoising."""
+        if inputs.encoded_references is not None or not inputs.references:
+            return inputs.encoded_references
+        done: list[torch.Tensor] = []
+
+        def attempt(stage: StagePlan, loaded: Callable[[], None]) -> None:
+            with closing(ReferenceEncoder(self._folder, self._model, stage, self._device, self._weights)) as encoder:
+                loaded()
+                for picture in inputs.references[len(done) :]:
+                    done.append(encoder.encode(picture, len(done) + 1))
+                    self._stepped()
+
+        self._climb("reference", len(inputs.references), attempt)
+        return joined(done)
+
     def _denoise(
-        self, request: Request, inputs: Inputs, embeds: torch.Tensor, negative: torch.Tensor | None
+        self,
+        request: Request,
+        inputs: Inputs,
+        embeds: torch.Tensor,
+        negative: torch.Tensor | None,
+        references: References | None,
     ) -> torch.Tensor:
         latents = inputs.latents
         if latents is None:
             latents = initial_latents(self._model, request, embeds.dtype, inputs.generators)
         noise = latents.to(embeds.dtype)
         progress = inputs.progress or Progress()
-        self._under_way = UnderWay(noise, embeds, negative, progress)
+        self._under_way = UnderWay(noise, embeds, negative, progress, references)
         size = self._plan.stage("denoise").batch_size
         batches, steps = -(-request.num_images // size), request.num_inference_steps
 
@@ -203,7 +228,8 @@ class Executor:
                     negative,
                     progress=progress,
                     sigmas=inputs.sigmas,
-                    callback=inputs.callback,
+                    references=references,
+                    hook=inputs.hook,
                     on_loaded=loaded,
                     on_step=stepped,
                 )

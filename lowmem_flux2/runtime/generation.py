@@ -151,6 +151,7 @@ def carry_out(job: GenerationJob, source: ModelSource, running: Running, observe
         cached_prompts=tuple(dict.fromkeys(prompt for batch in inputs.known for prompt in batch)),
         machine=identify(running.device),
         spec=source.spec,
+        references=job.request.references,
     )
     seeds = tuple(image.seed for image in job.images)
     return Generation(images_of(outcome, source.spec, job.output_type), seeds, report, next(iter(written), None))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.runtime.executor import Outcome
 
 OutputType = Literal["pil", "np", "pt", "latent"]
+OUTPUT_TYPES: tuple[str, ...] = get_args(OutputType)
 
 
 def images_of(

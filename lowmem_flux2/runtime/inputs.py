@@ -13,8 +13,10 @@ from lowmem_flux2.planning.batches import Batch, negatives_of, prompt_batches
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.workload import Request, guidance_passes
-from lowmem_flux2.runtime.denoise import Generators, Progress, StepCallback
+from lowmem_flux2.runtime.denoise import Generators, Progress
 from lowmem_flux2.runtime.interruption import Interruption
+from lowmem_flux2.runtime.references import References
+from lowmem_flux2.runtime.step_hook import StepHook
 
 OnPicture = Callable[[int, torch.Tensor, Plan], None]
 Wanted = Literal["pictures", "vae_latents", "packed_latents"]
@@ -33,7 +35,11 @@ class Inputs:
     prompt_embeds: torch.Tensor | None = None
     negative_prompt_embeds: torch.Tensor | None = None
     sigmas: Sequence[float] | None = None
-    callback: StepCallback | None = None
+    hook: StepHook | None = None
+    references: Sequence[torch.Tensor] = ()
+    """Pictures (height, width, 3) in 8 bits, of the sizes that the request has."""
+    encoded_references: References | None = None
+    """The same, encoded already."""
     result: Wanted = "pictures"
     known: Mapping[Batch, torch.Tensor] = field(default_factory=dict)
     """Embeddings of batches of prompts from the prompt cache: equal to those that the encoder would make."""
@@ -58,6 +64,9 @@ def check_inputs(model: ModelSpec, request: Request, inputs: Inputs) -> None:
     Raises:
         UsageError: a wrong number of generators or sigmas, or a wrong shape.
     """
+    shapes = [(one.height, one.width, 3) for one in request.references]
+    if inputs.references and [tuple(picture.shape) for picture in inputs.references] != shapes:
+        raise UsageError(f"reference pictures have other shapes than the request's, {shapes}")
     given = inputs.generators
     if isinstance(given, Sequence) and len(given) != request.num_images:
         raise UsageError(f"{len(given)} generators for {request.num_images} images: one each, or a single one")

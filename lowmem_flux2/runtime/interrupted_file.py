@@ -30,6 +30,7 @@ from lowmem_flux2.runtime.latents_file import (
     read_saved_tensors,
 )
 from lowmem_flux2.runtime.newfile import write_new
+from lowmem_flux2.runtime.references import References
 from lowmem_flux2.runtime.store import entry_of
 
 FORMAT = "lowmem-flux2 interrupted 1"
@@ -47,6 +48,7 @@ class InterruptedRun:
         under_way: the same of the batch under way after ``step`` steps; None where the next has not begun.
         sigmas: the caller's schedule; None for the pipeline's own.
         weights: which transformer it was; see ``weights_of``.
+        reference_latents, reference_ids: of ``References``, where there are any; the ids in fp32, which holds them.
     """
 
     noise: torch.Tensor
@@ -58,18 +60,24 @@ class InterruptedRun:
     sigmas: tuple[float, ...] | None
     weights: str
     origin: Origin
+    reference_latents: torch.Tensor | None = None
+    reference_ids: torch.Tensor | None = None
 
     @property
     def inputs(self) -> Inputs:
         """What makes a run of the same request and plan go on here."""
         size = self.origin.plan.stage("denoise").batch_size
         done = [] if self.finished is None else list(self.finished.split(size))
+        references = None
+        if self.reference_latents is not None and self.reference_ids is not None:
+            references = References(self.reference_latents, self.reference_ids.to(torch.int64))
         return Inputs(
             latents=self.noise,
             prompt_embeds=self.prompt_embeds,
             negative_prompt_embeds=self.negative_prompt_embeds,
             sigmas=self.sigmas,
             progress=Progress(done, self.under_way, self.step),
+            encoded_references=references,
         )
 
     def save(self, path: Path) -> Path:
@@ -84,7 +92,15 @@ class InterruptedRun:
         return write_new(path, write)
 
 
-_TENSORS = ("noise", "prompt_embeds", "negative_prompt_embeds", "finished", "under_way")
+_TENSORS = (
+    "noise",
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "finished",
+    "under_way",
+    "reference_latents",
+    "reference_ids",
+)
 
 
 def weights_of(source: ModelSource, plan: Plan) -> str:
@@ -115,6 +131,8 @@ def interrupted_run(
         sigmas=sigmas,
         weights=weights_of(source, plan),
         origin=origin_of(source, request, plan, images),
+        reference_latents=None if done.references is None else done.references.latents,
+        reference_ids=None if done.references is None else done.references.ids.to(torch.float32),
     )
 
 
@@ -141,10 +159,14 @@ def read_saved(path: Path) -> SavedLatents | InterruptedRun:
             None if sigmas is None else tuple(float(sigma) for sigma in sigmas),
             str(progress["weights"]),
             origin,
+            tensors.get("reference_latents"),
+            tensors.get("reference_ids"),
         )
     except (ValueError, KeyError, TypeError, UsageError) as error:
         raise CheckpointBroken(f"{path} is not an interrupted run that this version wrote: {error}") from error
     whole = tuple(stage.stage for stage in origin.plan.stages) == stages_of(origin.plan.workload)
+    has_references = run.reference_latents is not None and run.reference_ids is not None
+    whole = whole and has_references is bool(origin.request.references)
     if not whole or len(run.noise) != origin.request.num_images or run.step > origin.request.num_inference_steps:
         raise CheckpointBroken(f"{path}: its latents and what it says of them do not belong together")
     return run

@@ -111,6 +111,9 @@ def describe(
     }
     if plan.workload.adapters:
         texts["lora"] = ", ".join(map(str, plan.workload.adapters))
+    if request.references:
+        texts["references"] = ", ".join(map(str, request.references))
+        texts["reference_tile"] = str(plan.stage("reference").tile_px or "off")
     if request.negative_prompt:
         texts["negative_prompt"] = request.negative_prompt
     return texts
