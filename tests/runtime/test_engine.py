@@ -194,7 +194,8 @@ def test_the_report_has_the_contract_keys(engine: Engine) -> None:
     assert isinstance(made, Generation)
     assert [type(image) for image in made.images] == [Image.Image] * 2
     report = json.loads(json.dumps(made.report.to_json()))
-    assert set(report) == {"plan", "measured", "events", "cached_prompts", "images", "versions", "machine", "model"}
+    keys = {"plan", "measured", "events", "cached_prompts", "images", "references", "versions", "machine", "model"}
+    assert set(report) == keys
     measured = report["measured"]
     assert set(measured) == {"peak_vram_bytes", "peak_ram_bytes", "peak_rss_bytes", "time_s", "stages"}
     assert [stage["stage"] for stage in measured["stages"]] == ["encode", "denoise", "decode"]
