@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
+from lowmem_flux2.planning.candidates import CHUNK_TOKENS
 from lowmem_flux2.planning.cost import stage_cost
 from lowmem_flux2.planning.hardware import load_profile
 from lowmem_flux2.planning.models import ModelSpec
@@ -20,7 +21,7 @@ MODELS = ("flux2-dev", "flux2-klein-4b", "flux2-klein-9b", "flux2-klein-base-4b"
 FORMATS = ("plain", "int8", "int6", "nf4", "w8a8")
 """int4 expands as int6 does, fp8 as int8."""
 PLACEMENTS = ("resident", "pinned", "disk", "mixed")
-CHUNKS = (0,)
+CHUNKS = CHUNK_TOKENS
 TILES = (0, *TILE_SIDES_PX)
 MIXED = (Placement.GPU, Placement.PINNED, Placement.PAGEABLE, Placement.DISK, Placement.GPU)
 

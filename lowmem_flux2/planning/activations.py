@@ -66,15 +66,17 @@ def denoise_activation_bytes(
         image=batch * (workload.image_tokens + workload.reference_tokens),
         text=batch * workload.text_tokens,
     )
+    at_once = sizes.joint
     if chunk:
-        parts = (sizes.joint, sizes.image, sizes.text)
-        chunks = _Chunks(*(batch * largest_chunk(tokens // batch, chunk) for tokens in parts))
+        at_once, image, text = (
+            batch * largest_chunk(tokens // batch, chunk) for tokens in (sizes.joint, sizes.image, sizes.text)
+        )
         row_sums = FP32_BYTES * dims.num_heads * sizes.joint
-        peak = _chunked_block_bytes(sizes, chunks, row_sums, expansion)
+        peak = _chunked_block_bytes(sizes, at_once, max(image, text), row_sums, expansion)
     else:
         peak = _block_bytes(sizes, expansion)
     # Beside a LoRA's Linear's output; small, so it counts at every moment.
-    peak += product_bytes(workload.adapters, sizes.joint, dtype_bytes)
+    peak += product_bytes(workload.adapters, at_once, dtype_bytes)
     return round(peak) + _kept_bytes(model, workload, batch, dtype_bytes)
 
 
@@ -84,14 +86,6 @@ class _BlockSizes(NamedTuple):
     hidden: int
     mlp: int
     dtype_bytes: int
-    joint: int
-    image: int
-    text: int
-
-
-class _Chunks(NamedTuple):
-    """Tokens of the largest chunk of the joint sequence and of each stream, over the batch."""
-
     joint: int
     image: int
     text: int
@@ -120,36 +114,34 @@ def _block_bytes(sizes: _BlockSizes, expansion: Expansion) -> float:
     )
 
 
-def _chunked_block_bytes(sizes: _BlockSizes, chunks: _Chunks, row_sums: int, expansion: Expansion) -> float:
-    """Chunks, as ``runtime.chunking`` works them off. S joint tokens, I of the image stream, T of the text stream, and
-    C, D, E tokens of their largest chunks.
+def _chunked_block_bytes(
+    sizes: _BlockSizes, chunk: int, stream_chunk: int, row_sums: int, expansion: Expansion
+) -> float:
+    """Chunks, as ``runtime.chunking`` works them off: S joint tokens, C of their largest chunk, D of a stream's.
 
-    Both kinds of blocks hold inputs and norms, 2h S, and fill query, key and value, 3h S: of one chunk live the normed
-    key, its halves turned and three fp32 products, as above, with the h h weights of one projection. Then attention
-    makes h S, with its row sums. The results are written over the norms.
+    A single-stream block fills query, key, value and the gated MLP beside its input, (4h + m) S. Of a chunk
 
-    - A single-stream block's output: input, norm and attention's result 3h S; of a chunk the two halves of the MLP,
-      the gate and the product, 4m C, with the 2h m weights of the one projection and the h (h + m) of the other.
-    - A double-stream block's image stream: inputs and attention's results 2h S, and of the image the gated result, the
-      sum and its norm 3h I; of a chunk 4m D, with 3h m weights. At its end two more of h I.
-    - Its text stream after that: five of h S, of a chunk 4m E, with 3h m weights, at the end two more of h T.
+    - it projects: the modulated norm h C, and (3h + 2m) C of it, with h (3h + 2m) weights;
+    - rotates: beside the projection a normed head and its halves turned, 2h C, and three fp32 products, of which one
+      is a mere view where that is fp32 already;
+    - gates the MLP: beside the projection its non-linearity and the product, 2m C.
+
+    Then attention makes h S, with its row sums in fp32, and the results are written over it: less than before.
+
+    A double-stream block is larger only where nearly all tokens are of one stream that is one chunk: inputs and
+    attention's result 2h S; of a chunk the stream's sum and its norm 2h D, and 4m D in the MLP, of 2h m weights.
     """
     h, m, b = sizes.hidden, sizes.mlp, sizes.dtype_bytes
-    joint, image, text = h * sizes.joint * b, h * sizes.image * b, h * sizes.text * b
-    turning = (2 * b + 3 * FP32_BYTES if b < FP32_BYTES else 5 * FP32_BYTES) * h * max(chunks)
-    output = expansion.linear_bytes(
-        3 * joint + 2 * h * m * expansion.expanded, h, h + m, chunks.joint, 4 * m * chunks.joint * b
-    )
-    image_held, text_held = 2 * joint + 3 * image, 5 * joint
-    entering = 2 * h * m * expansion.expanded
+    turning = 2 * b + 3 * FP32_BYTES if b < FP32_BYTES else 5 * FP32_BYTES
+    projected = (3 * h + 2 * m) * chunk * b
+    filled = (4 * h + m) * sizes.joint * b
+    stream = 2 * h * (sizes.joint + stream_chunk) * b
     return max(
-        expansion.linear_bytes(5 * joint, h, h, max(chunks), turning),
-        6 * joint + row_sums,
-        output,
-        expansion.linear_bytes(image_held + entering, h, m, chunks.image, 4 * m * chunks.image * b),
-        image_held + 2 * image,
-        expansion.linear_bytes(text_held + entering, h, m, chunks.text, 4 * m * chunks.text * b),
-        text_held + 2 * text,
+        expansion.linear_bytes(filled + h * chunk * b, 3 * h + 2 * m, h, chunk, projected),
+        filled + projected + max(turning * h, 2 * m * b) * chunk,
+        filled + h * sizes.joint * b + row_sums,
+        expansion.linear_bytes(stream, 2 * m, h, stream_chunk, 2 * m * stream_chunk * b),
+        stream + 4 * m * stream_chunk * b,
     )
 
 

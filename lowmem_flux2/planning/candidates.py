@@ -137,7 +137,7 @@ class Job:
     def _chunks(self) -> list[int]:
         if not self.support.chunk_tokens:
             return [0]
-        return [chunk for chunk in CHUNK_TOKENS if chunk < self.workload.sequence_tokens]
+        return [chunk for chunk in CHUNK_TOKENS if 2 * chunk <= self.workload.sequence_tokens]
 
     def _step_caches(self) -> list[str]:
         """Off first; none where quality is preferred, or where the user wants none."""

@@ -86,7 +86,8 @@ def _chunks(chosen: StagePlan, job: Job) -> Iterator[str]:
         return
     whole = job.priced(replace(chosen, chunk_tokens=0)).cost.activation_bytes
     live = format_bytes(chosen.cost.activation_bytes)
-    yield f"chunks of {chosen.chunk_tokens} tokens: activations of {live} against {format_bytes(whole)} in one piece"
+    words = f"chunks of {chosen.chunk_tokens} tokens: activations of {live} against {format_bytes(whole)} in one piece"
+    yield words if chosen.cost.on_host else f"{words}; a GPU may round differently, which is not measured yet"
 
 
 def _tiles(chosen: StagePlan, job: Job) -> Iterator[str]:

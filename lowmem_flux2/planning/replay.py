@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 
 from lowmem_flux2.errors import PlanMismatch, UsageError
+from lowmem_flux2.planning.chunks import CHUNK_STEP_TOKENS
 from lowmem_flux2.planning.cost import stage_cost
 from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.hardware import Hardware
@@ -104,8 +105,8 @@ def _faults(stage: StagePlan, plan: Plan, spec: ModelSpec) -> Iterator[tuple[str
         yield "slots", stage.slots, f"{stage.streamed} of {blocks} blocks are streamed, each through a slot"
     if stage.prefetch_depth != depth:
         yield "prefetch_depth", stage.prefetch_depth, f"{depth}, one less than the slots"
-    if stage.chunk_tokens < 0:
-        yield "chunk_tokens", stage.chunk_tokens, "0 for none, or more"
+    if stage.chunk_tokens < 0 or stage.chunk_tokens % CHUNK_STEP_TOKENS or (stage.chunk_tokens and name != "denoise"):
+        yield "chunk_tokens", stage.chunk_tokens, f"0, or in the denoise stage a multiple of {CHUNK_STEP_TOKENS}"
     if stage.tile_px and not tiled:
         yield (
             "tile_px",

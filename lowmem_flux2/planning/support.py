@@ -43,7 +43,7 @@ LIBRARY_OF = {"nf4": "bitsandbytes"}
 def installed() -> Support:
     """What the executor can do with the libraries that are installed here; looks for them without importing any."""
     formats = {name for name in FORMATS if name not in LIBRARY_OF or find_spec(LIBRARY_OF[name]) is not None}
-    return Support(weight_formats=frozenset(formats), step_caches=frozenset({"off"}), chunk_tokens=False)
+    return Support(weight_formats=frozenset(formats), step_caches=frozenset({"off"}), chunk_tokens=True)
 
 
 SUPPORTED = installed()

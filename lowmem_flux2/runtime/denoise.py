@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, retri
 from diffusers.utils.torch_utils import randn_tensor
 
 from lowmem_flux2.errors import UsageError
+from lowmem_flux2.planning.chunks import chunk_bounds
 from lowmem_flux2.planning.linears import CONDITIONING, is_conditioning
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import StagePlan
@@ -96,7 +98,12 @@ class Denoiser:
         self._transformer = transformer_on_meta(folder / "transformer")
         self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
         self._forward = Forward(
-            self._transformer, self._dtype, device, request.guidance_scale, request.num_inference_steps
+            self._transformer,
+            self._dtype,
+            device,
+            request.guidance_scale,
+            request.num_inference_steps,
+            partial(chunk_bounds, chunk_tokens=stage.chunk_tokens) if stage.chunk_tokens else None,
         )
         self._adapters = AttachedAdapters(request.loras, model, weights, self._dtype, device)
         self._streamer: BlockStreamer | None = None

@@ -13,6 +13,7 @@ from diffusers import Flux2Pipeline, Flux2Transformer2DModel
 from torch import nn
 
 from lowmem_flux2.errors import NonFiniteLatents
+from lowmem_flux2.runtime.chunking import Chunks, double_block, single_block
 from lowmem_flux2.runtime.streaming import BlockStreamer
 
 
@@ -37,7 +38,7 @@ class Pass:
 
 
 class Forward:
-    """The transformer's forward, given its blocks one by one by a streamer."""
+    """The transformer's forward, given its blocks one by one by a streamer; each in chunks of tokens if there are."""
 
     def __init__(
         self,
@@ -46,12 +47,14 @@ class Forward:
         device: torch.device,
         guidance_scale: float,
         steps: int,
+        chunks: Chunks | None = None,
     ) -> None:
         self._transformer = transformer
         self._dtype = dtype
         self._device = device
         self._guidance_scale = guidance_scale
         self._steps = steps
+        self.chunks = chunks
 
     def start(self, text: torch.Tensor, image_ids: torch.Tensor) -> Pass:
         net = self._transformer
@@ -94,8 +97,13 @@ class Forward:
         positive, negative = predictions
         return negative + self._guidance_scale * (positive - negative)
 
-    @staticmethod
-    def _double(block: nn.Module, one: Pass, conditioning: StepConditioning) -> None:
+    def _double(self, block: nn.Module, one: Pass, conditioning: StepConditioning) -> None:
+        if self.chunks is not None:
+            modulations = (conditioning.double_image, conditioning.double_text)
+            one.encoder_hidden, one.hidden = double_block(
+                block, one.hidden, one.encoder_hidden, *modulations, one.rope, self.chunks
+            )
+            return
         one.encoder_hidden, one.hidden = block(
             hidden_states=one.hidden,
             encoder_hidden_states=one.encoder_hidden,
@@ -104,11 +112,13 @@ class Forward:
             image_rotary_emb=one.rope,
         )
 
-    @staticmethod
-    def _single(block: nn.Module, one: Pass, conditioning: StepConditioning, first: bool) -> None:
+    def _single(self, block: nn.Module, one: Pass, conditioning: StepConditioning, first: bool) -> None:
         if first:
             one.hidden = torch.cat([one.encoder_hidden, one.hidden], dim=1)
             one.encoder_hidden = one.text
+        if self.chunks is not None:
+            one.hidden = single_block(block, one.hidden, conditioning.single, one.rope, self.chunks)
+            return
         one.hidden = block(
             hidden_states=one.hidden,
             encoder_hidden_states=None,

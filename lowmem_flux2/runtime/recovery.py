@@ -87,6 +87,8 @@ def rung_words(current: StagePlan, lower: StagePlan) -> str:
     if lower.tile_px:
         return f"tiles of {lower.tile_px} px"
     words = f"{lower.count(Placement.GPU)} of {len(lower.block_placements)} blocks resident, {lower.slots} slots"
+    if lower.chunk_tokens != current.chunk_tokens:
+        words += f", chunks of {lower.chunk_tokens} tokens"
     if lower.weight_format != current.weight_format:
         words += f", and {lower.weight_format} weights in place of {current.weight_format}, which changes the picture"
     return words

@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_flux2.planning.adapters import Lora
+from lowmem_flux2.planning.chunks import chunk_bounds
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Stage, StagePlan
 from lowmem_flux2.planning.tiles import tile_starts
@@ -74,8 +75,8 @@ def simulate_stage(
     Args:
         folder: holds the model's config files; its weights are not read.
         on_host: on ``device=cpu``, with its kernels; else on a GPU.
-        every_block: run all blocks, layers and tiles, not only those that differ; so it is with LoRAs, as any block may
-            have one.
+        every_block: run all blocks, layers, chunks and tiles, not only those that differ; so it is with LoRAs, as any
+            block may have one.
     """
     every_block = every_block or bool(workload.adapters)
     with TemporaryDirectory() as made:
@@ -144,6 +145,8 @@ class _Run:
         request = _request(work)
         denoiser = _Denoiser(self._cut.folder, model, stage, request, self._device, _quiet, self.weights)
         denoiser.run_batches = self._run_of(_batches(work.num_images, stage.batch_size))
+        if self._alike and stage.chunk_tokens:
+            denoiser.stand_for_chunks(stage.chunk_tokens)
         shape = (work.num_images, channels, work.height // multiple, work.width // multiple)
         noise = torch.empty(shape, dtype=self._dtype)
         embeds = [
@@ -200,6 +203,15 @@ class _Denoiser(Denoiser):
     """The executor's, with two steps for all of them, and of some batches only."""
 
     run_batches: Container[int] = ()
+
+    def stand_for_chunks(self, chunk_tokens: int) -> None:
+        """Only the first and the last chunk, which is the longest: what is made of a chunk lies in tensors of all."""
+
+        def chunks(tokens: int) -> list[tuple[int, int]]:
+            bounds = chunk_bounds(tokens, chunk_tokens)
+            return [*bounds[:-1][:1], bounds[-1]]
+
+        self._forward.chunks = chunks
 
     def _run(
         self,

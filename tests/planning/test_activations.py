@@ -55,7 +55,10 @@ def test_denoising_grows_with_batch_and_size_and_falls_with_chunks(name: str) ->
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("chunk", [0, 512])
 def test_a_quantized_format_adds_its_expanded_weight_where_that_is_the_peak(name: str, chunk: int) -> None:
-    """Small sequences peak in a Linear, which the weight is added to; large ones elsewhere, where it is gone."""
+    """Small sequences peak in a Linear, which the weight is added to; large ones elsewhere, where it is gone.
+
+    In chunks even those of 1024 px peak in a Linear, and only where attention outgrows a chunk is the weight gone.
+    """
     model = spec(name)
     largest = max(rows * columns for rows, columns in model.transformer.single_block.linears) * BF16
 
@@ -66,8 +69,10 @@ def test_a_quantized_format_adds_its_expanded_weight_where_that_is_the_peak(name
         return int8 - plain
 
     assert 0.4 * largest < added(128) < 1.3 * largest
-    assert 0 <= added(4096) <= added(1024) <= added(128)
-    if not chunk:
+    if chunk:
+        assert 0 <= added(4096) < 0.4 * largest < added(1024) < 1.3 * largest
+    else:
+        assert 0 <= added(4096) <= added(1024) <= added(128)
         assert added(4096) <= 0.5 * largest
 
 

@@ -246,9 +246,11 @@ def mixed(stage: StagePlan, slots: int = 2) -> StagePlan:
 def test_a_cut_model_has_the_peaks_of_the_whole_one(form: str, on_host: bool, folders: dict[str, Path]) -> None:
     source = resolve_model(str(folders[form]))
     plan, _ = planned(source, Selection(vae_tile="64", batch_size=3))
-    for stage in map(mixed, plan.stages):
+    chunked = replace(plan.stage("denoise"), chunk_tokens=64)
+    workload = replace(plan.workload, reference_tokens=140)
+    for stage in map(mixed, (*plan.stages, chunked)):
         cut, whole = (
-            simulate_stage(stage, plan.workload, source.spec, source.configs, on_host=on_host, every_block=every)
+            simulate_stage(stage, workload, source.spec, source.configs, on_host=on_host, every_block=every)
             for every in (False, True)
         )
         assert cut == whole
