@@ -12,6 +12,7 @@ from lowmem_flux2.planning.adapters import Lora
 from lowmem_flux2.planning.job import Machine, resolve_machine
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.planner import Selection
+from lowmem_flux2.planning.prompt_file import PromptLine, read_prompt_file
 from lowmem_flux2.planning.references import STOCK_BOUND_PX, references_of
 from lowmem_flux2.planning.sources import EMBEDDED, ModelSource, resolve_model
 from lowmem_flux2.planning.workload import Request, make_request
@@ -122,16 +123,16 @@ def _size(flag: str, text: str | None) -> int | None:
 
 
 def read_prompts(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
+    """The prompts alone, where all of them are planned as one."""
     prompts = list(given or ())
     if file is not None:
-        try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--prompt-file {file}: cannot read it: {error}") from None
-        found = [line.strip() for line in lines if line.strip()]
-        if not found:
-            raise UsageError(f"--prompt-file {file}: there is no prompt in it")
-        prompts += found
+        for located in read_prompt_file(file):
+            if located.line != PromptLine(located.line.prompt, seed=located.line.seed):
+                raise UsageError(
+                    f"{located.where}: lines that ask for more than a prompt are planned by "
+                    f"'generate --prompt-file {file} --dry-run'"
+                )
+            prompts.append(located.line.prompt)
     return tuple(prompts)
 
 

@@ -68,6 +68,7 @@ def generate(
     allow_format_change: opt.AllowFormatChange = False,
     save_latents: opt.SaveLatents = None,
     from_latents: opt.FromLatents = None,
+    manifest: opt.ManifestFile = None,
 ) -> None:
     """Make pictures from prompts.
 
@@ -95,6 +96,8 @@ def generate(
         options = (flags.offline, not no_prepare, allow_format_change)
         return Running(machine.device_name, cache_folder(cache_dir), prompt_bytes, *options)
 
+    if manifest is not None and (flags.prompt_file is None or from_latents is not None):
+        raise UsageError("--manifest is of a --prompt-file batch: give one, or leave it out")
     if from_latents is not None:
         check_all_is_in_the_file(flags, selection, seed, plan, save_latents)
         machine = resolve_machine(fit.profile, fit.device, selection.max_ram_bytes)
@@ -104,6 +107,22 @@ def generate(
 
             written = Output(pattern, report, None, not no_metadata, quiet, out, err, place, again)
             go_on(from_latents, flags.model, machine, selection, running(machine), written, dry_run)
+        return
+    if flags.prompt_file is not None:
+        from lowmem_flux2 import batching
+
+        if save_latents is not None:
+            raise UsageError("--save-latents: a --prompt-file batch keeps its latents itself until they are decoded")
+        kept = batching.Kept(pattern, manifest, not no_metadata, preparing.cache_of(cache_dir))
+        started = batching.start(flags, fit, selection, seed, kept, plan)
+        if not quiet or dry_run or started.is_done:
+            out.print(started.explained(), soft_wrap=started.is_done)
+        if not dry_run and not started.is_done:
+            with _interruptible():
+                from lowmem_flux2.generating import Output
+
+                written = Output(pattern, report, None, not no_metadata, quiet, out, err, place, again)
+                started.carry_out(running(started.asked.machine), written)
         return
     prompts = read_prompts(flags.prompt, flags.prompt_file)
     if plan is not None:

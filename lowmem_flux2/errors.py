@@ -4,6 +4,7 @@
     ├── UsageError                2    the request, a flag or a file of the user's cannot be honoured
     │   ├── ProfileError          2    a profile TOML that is wrong: file, key and line
     │   ├── PlanMismatch          2    --plan with another request, model or hardware
+    │   ├── ManifestMismatch      2    a batch's manifest of another prompt file, other options or another model
     │   └── NotExecutable         2    a plan that this version can make but not carry out
     ├── DoesNotFit                3    no plan fits VRAM, RAM or disk: shortfall and what would fit
     ├── CheckpointError           4    the model files
@@ -43,6 +44,10 @@ class ProfileError(UsageError):
 
 class PlanMismatch(UsageError):
     """A plan file made for another request, model or hardware; the message shows the difference."""
+
+
+class ManifestMismatch(UsageError):
+    """A batch's manifest that was begun with something else; the message shows the difference and the remedy."""
 
 
 class NotExecutable(UsageError):

@@ -38,7 +38,22 @@ ASK, FIT, LOOK = "What to draw", "How to fit it", "Output"
 Prompts = Annotated[
     list[str] | None, typer.Option("-p", "--prompt", help="What to draw; repeat for several.", rich_help_panel=ASK)
 ]
-PromptFile = Annotated[Path | None, typer.Option(help="A text file with one prompt a line.", rich_help_panel=ASK)]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="A text file with one prompt a line, or a .jsonl file with prompt, width, height, seed, ... of each. "
+        "A killed or interrupted batch goes on when the same command is given again.",
+        rich_help_panel=ASK,
+    ),
+]
+ManifestFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--manifest",
+        help="Where a --prompt-file batch keeps how far it is.  [default: beside the pictures, by -o and the file]",
+        rich_help_panel=LOOK,
+    ),
+]
 Model = Annotated[
     str | None,
     typer.Option(

@@ -123,6 +123,7 @@ class Denoiser:
         hook: StepHook | None = None,
         on_loaded: Callable[[], None] = lambda: None,
         on_step: Callable[[], None] = lambda: None,
+        on_batch: Callable[[int, torch.Tensor], None] = lambda _number, _latents: None,
     ) -> torch.Tensor:
         """Run all steps for all images, batch by batch in the plan's composition.
 
@@ -160,6 +161,7 @@ class Denoiser:
             done = self._run(latents[batch], references, progress, timesteps, sigmas, steps, texts, after, on_step)
             progress.finished.append(done)
             progress.latents, progress.step = None, 0
+            on_batch(len(progress.finished) - 1, done)
         return torch.cat(progress.finished)
 
     @property

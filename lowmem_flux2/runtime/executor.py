@@ -127,6 +127,8 @@ class Executor:
         packed = inputs.packed
         if packed is None:
             embeds, negative = self._encode(request, inputs)
+            if inputs.result == "embeddings":
+                return self._outcome
             packed = self._denoise(request, inputs, embeds, negative, self._reference(inputs))
         self._outcome.packed_latents = packed
         if inputs.on_latents is not None:
@@ -219,6 +221,10 @@ class Executor:
             if progress.step < steps or len(progress.finished) < batches - 1:
                 self._interruption.check()
 
+        def finished(number: int, done: torch.Tensor) -> None:
+            if inputs.on_batch is not None:
+                inputs.on_batch(number, done, self._plan)
+
         def attempt(stage: StagePlan, loaded: Callable[[], None]) -> None:
             arguments = (self._folder, self._model, stage, request, self._device, self._event, self._weights)
             with closing(Denoiser(*arguments)) as denoiser:
@@ -232,6 +238,7 @@ class Executor:
                     hook=inputs.hook,
                     on_loaded=loaded,
                     on_step=stepped,
+                    on_batch=finished,
                 )
 
         def begun() -> Begun:
@@ -257,11 +264,11 @@ class Executor:
                         picture = decoder.decode(latents[index : index + 1])
                         if inputs.on_picture is not None:
                             inputs.on_picture(index, picture, self._plan)
-                        pictures.append(picture)
+                        pictures.append(picture if inputs.keeps_pictures else torch.empty(0))
                         self._advanced()
 
         self._climb("decode", len(packed), attempt)
-        if pictures:
+        if pictures and inputs.keeps_pictures:
             self._outcome.pictures = torch.cat(pictures)
 
     # ------------------------------------------------------------------------------------------------- recovery

@@ -97,7 +97,7 @@ def carry_out(job: GenerationJob, source: ModelSource, running: Running, observe
         inputs = replace(inputs, result="packed_latents" if source.spec.form == "dev" else "vae_latents")
     if job.interrupted is not None:
         check_interrupted(job.interrupted, source, job.resumed_name)
-    if job.resumed is None and running.prompt_cache_bytes:
+    if inputs.packed is None and running.prompt_cache_bytes:
         device = torch_device(running.device)
         cache = PromptCache.of(source, plan, device, running.cache, running.prompt_cache_bytes, event)
         plan, inputs = with_known_prompts(cache, source, plan, job.request, inputs)

@@ -19,12 +19,16 @@ OUTPUT_TYPES: tuple[str, ...] = get_args(OutputType)
 def images_of(
     outcome: Outcome, model: ModelSpec, output_type: OutputType
 ) -> list[Image] | np.ndarray[Any, Any] | torch.Tensor:
-    """The result as a caller asked for it; the stock pipelines' latents differ: dev's are packed, klein's are not."""
+    """The result as a caller asked for it; the stock pipelines' latents differ: dev's are packed, klein's are not.
+
+    No pictures where none were to be kept.
+    """
     if output_type == "latent":
         found = outcome.packed_latents if model.form == "dev" else outcome.vae_latents
         assert found is not None
         return found
-    assert outcome.pictures is not None
+    if outcome.pictures is None:
+        return []
     processor = Flux2ImageProcessor(vae_scale_factor=model.size_multiple)
     images: list[Image] | np.ndarray[Any, Any] | torch.Tensor = processor.postprocess(
         outcome.pictures, output_type=output_type

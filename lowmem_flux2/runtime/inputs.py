@@ -19,7 +19,8 @@ from lowmem_flux2.runtime.references import References
 from lowmem_flux2.runtime.step_hook import StepHook
 
 OnPicture = Callable[[int, torch.Tensor, Plan], None]
-Wanted = Literal["pictures", "vae_latents", "packed_latents"]
+OnBatch = Callable[[int, torch.Tensor, Plan], None]
+Wanted = Literal["pictures", "vae_latents", "packed_latents", "embeddings"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +45,15 @@ class Inputs:
     known: Mapping[Batch, torch.Tensor] = field(default_factory=dict)
     """Embeddings of batches of prompts from the prompt cache: equal to those that the encoder would make."""
     on_encoded: Callable[[Batch, torch.Tensor, Plan], None] | None = None
-    """Told of each batch of prompts that the encoder made, with the plan that made it."""
+    """Told of each batch of prompts that the encoder made, or the prompt cache held, with the plan that made it."""
     packed: torch.Tensor | None = None
     """Denoised latents (images, tokens, channels): nothing is left to do but to decode them."""
     progress: Progress | None = None
     """How far an earlier run of the same plan has denoised the same noise: goes on there."""
+    on_batch: OnBatch | None = None
+    """Told of each batch that is denoised, by its number, packed and on the host, with the plan that made it."""
+    keeps_pictures: bool = True
+    """Whether pictures are handed back at the end too, besides ``on_picture``."""
     interruption: Interruption | None = None
     """May ask to stop after a layer, step or picture."""
     on_latents: Callable[[torch.Tensor, Plan], None] | None = None

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def write_new(path: Path, write: Callable[[BinaryIO], None]) -> Path:
+def write_new(path: Path, write: Callable[[BinaryIO], object], temporary_in: Path | None = None) -> Path:
     """Write a file under the first free name: ``name.png``, ``name_2.png``, ``name_3.png``...
+
+    Args:
+        temporary_in: folder of the same file system for the temporary file, if not the path's own.
 
     Returns:
         The path that was taken.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}{path.suffix}.tmp")
+    temporary = (temporary_in or path.parent) / f".{os.getpid()}-{threading.get_ident()}{path.suffix}.tmp"
     try:
         with temporary.open("wb") as file:
             write(file)

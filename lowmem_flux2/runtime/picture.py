@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 import tempfile
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 
 from PIL.Image import Image
@@ -82,10 +83,18 @@ def save_png(picture: Image, path: Path, metadata: Mapping[str, str]) -> Path:
     Returns:
         The path that was taken.
     """
+    made = png_bytes(picture, metadata)
+    return write_new(path, lambda file: file.write(made))
+
+
+def png_bytes(picture: Image, metadata: Mapping[str, str]) -> bytes:
+    """A PNG file; the same picture and texts give the same bytes."""
     info = PngInfo()
     for key, value in metadata.items():
         info.add_itxt(key, value)
-    return write_new(path, lambda file: picture.save(file, format="PNG", pnginfo=info))
+    made = BytesIO()
+    picture.save(made, format="PNG", pnginfo=info)
+    return made.getvalue()
 
 
 def describe(

@@ -184,16 +184,21 @@ def with_known_prompts(
 ) -> tuple[Plan, Inputs]:
     """Take from the cache what it holds, and have it keep what the encoder will make; the plan counts on both."""
     batches = batches_to_encode(request, plan, inputs)
-    found = {batch: prompts.get(batch) for batch in dict.fromkeys(batches)}
+    found = {batch: prompts.get(batch) for batch in dict.fromkeys(batches) if batch not in inputs.known}
     known = {batch: embeddings for batch, embeddings in found.items() if embeddings is not None}
-    weight_format = plan.stage("encode").weight_format
+    weight_format, told = plan.stage("encode").weight_format, inputs.on_encoded
+    if told is not None:
+        for batch, embeddings in known.items():
+            told(batch, embeddings, plan)
 
     def keep(batch: Batch, embeddings: torch.Tensor, carried_out: Plan) -> None:
         if carried_out.stage("encode").weight_format == weight_format:
             prompts.put(batch, embeddings)
+        if told is not None:
+            told(batch, embeddings, carried_out)
 
     expected = with_cached(plan, source, sum(batch in known for batch in batches))
-    return expected, replace(inputs, known=known, on_encoded=keep)
+    return expected, replace(inputs, known={**inputs.known, **known}, on_encoded=keep)
 
 
 def expecting_cached(plan: Plan, source: ModelSource, request: Request, device_name: str, cache: Path) -> Plan:
