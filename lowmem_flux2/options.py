@@ -147,7 +147,13 @@ PlacementName = Annotated[
     Placed, typer.Option("--placement", help="Where streamed blocks rest; auto decides for each.", rich_help_panel=FIT)
 ]
 StepCache = Annotated[
-    str, typer.Option(help="Reuse between steps: auto or off (none exists in this version).", rich_help_panel=FIT)
+    str,
+    typer.Option(
+        metavar="auto|off|fine|fair|coarse|SPEC",
+        help="Forecast some steps from earlier ones, which changes pixels: taylor:interval=2 or "
+        "first-block:threshold=0.2, then order=, warmup=, last= after commas. auto: for speed, where it is measured.",
+        rich_help_panel=FIT,
+    ),
 ]
 VaeTile = Annotated[
     str, typer.Option(help="auto, off, or tile side in pixels. Tiles change pixels slightly.", rich_help_panel=FIT)

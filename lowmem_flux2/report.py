@@ -26,7 +26,8 @@ class StageMeasure:
 
     ``step_s`` is the median time from one denoising step (encoder layer, picture) to the next, the first apart; 0 where
     there were fewer than two. ``disk_read_bytes`` came from the block device: 0 says that the page cache had it all,
-    None that the system does not tell.
+    None that the system does not tell. ``skipped_steps`` are those that the step cache stood for, counted from 0, of
+    each batch, and ``computed_blocks`` the blocks that all others came to, guidance passes together.
     """
 
     stage: str
@@ -40,6 +41,8 @@ class StageMeasure:
     peak_rss_bytes: int
     step_s: float = 0.0
     disk_read_bytes: int | None = None
+    skipped_steps: tuple[tuple[int, ...], ...] = ()
+    computed_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

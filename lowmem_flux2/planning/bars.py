@@ -14,6 +14,7 @@ from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.passages import passages
 from lowmem_flux2.planning.plan import Placement, Plan, StagePlan
+from lowmem_flux2.planning.step_caches import OFF
 from lowmem_flux2.planning.timeline import ROUNDS_SIMULATED, Span, simulate
 from lowmem_flux2.units import GIB, format_seconds
 
@@ -83,8 +84,10 @@ def step_lanes(plan: Plan, model: ModelSpec) -> list[str]:
     work = stage_work(stage, model, plan.workload, hardware)
     spans, start, end = _steady_round(stage, work, hardware)
     length = end - start
-    passes = f" of each of {work.rounds // plan.workload.steps} batches" if work.rounds > plan.workload.steps else ""
-    lines = [f"denoise, one step{passes}: {format_seconds(length / 1e9)}"]
+    batches = -(-plan.workload.num_images // stage.batch_size)
+    passes = f" of each of {batches} batches" if batches > 1 else ""
+    kind = "step" if stage.step_cache == OFF else "computed step"
+    lines = [f"denoise, one {kind}{passes}: {format_seconds(length / 1e9)}"]
     if not stage.streamed:
         return [f"{lines[0]}, all of it compute: every block is resident"]
     on_host = hardware.device == "cpu"

@@ -16,6 +16,7 @@ from lowmem_flux2.planning.plan import ONE_BY_ONE, Limits, Placement, Stage, Sta
 from lowmem_flux2.planning.residency import Variant
 from lowmem_flux2.planning.search import Search, cuts
 from lowmem_flux2.planning.selection import Selection, compute_dtype, runs_on
+from lowmem_flux2.planning.step_caches import AUTO, OFF, automatic, step_cache_text
 from lowmem_flux2.planning.support import Support
 from lowmem_flux2.planning.tiles import TILE_SIDES_PX, tiles_are_sound
 from lowmem_flux2.planning.workload import Workload
@@ -140,13 +141,12 @@ class Job:
         return [chunk for chunk in CHUNK_TOKENS if 2 * chunk <= self.workload.sequence_tokens]
 
     def _step_caches(self) -> list[str]:
-        """Off first; none where quality is preferred, or where the user wants none."""
+        """Off first, then those that the preference may take."""
         fixed = self.selection.step_cache
-        if fixed != "auto":
-            return [fixed]
-        if self.selection.prefer == "quality":
-            return ["off"]
-        return ["off", *sorted(self.support.step_caches - {"off"})]
+        if fixed != AUTO:
+            return [step_cache_text(fixed)]
+        caches, _ = automatic(self.model, self.workload, self.selection.prefer)
+        return [OFF, *(str(cache) for cache in caches if cache.kind in self.support.step_caches)]
 
 
 def fits(stage: StagePlan, limits: Limits) -> bool:

@@ -21,6 +21,7 @@ from lowmem_flux2.planning.activations import (
 )
 from lowmem_flux2.planning.adapters import kept_bytes
 from lowmem_flux2.planning.batches import batch_sizes, batches_a_pass
+from lowmem_flux2.planning.fidelity import fidelity_of
 from lowmem_flux2.planning.flops import (
     CHUNK_OVERHEADS,
     DECODER_OVERHEADS,
@@ -40,6 +41,7 @@ from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.passages import Tiers, passages, tiers_of
 from lowmem_flux2.planning.plan import ONE_BY_ONE, Placement, StagePlan
 from lowmem_flux2.planning.stage_cost import StageCost
+from lowmem_flux2.planning.step_caches import steps_taken
 from lowmem_flux2.planning.tiles import tiled_pixels_ratio
 from lowmem_flux2.planning.timeline import ROUNDS_SIMULATED, Timeline, nanoseconds, simulate
 from lowmem_flux2.planning.workload import Workload
@@ -78,7 +80,7 @@ class StageWork:
         compute_ns: of each block in one round, all guidance passes together.
         between_ns: computed once a round outside the blocks.
         rounds: passes over the blocks.
-        first_ns: what the first round computes longer.
+        first_ns: computed besides: what the first round takes longer, and the steps that a step cache stands for.
         process_bytes: RAM of the process before it holds any weight.
         overhead_bytes: device memory beyond tensors.
         kept_bytes: non-block weights that stay on the device for the whole stage.
@@ -103,12 +105,6 @@ class StageWork:
     passing_bytes: int = 0
     host_bytes: int = 0
     result_bytes: int = 0
-
-
-def fidelity_of(stage: StagePlan) -> tuple[float, str]:
-    """Expected relative error of the stage's result against the checkpoint's own weights, and where it is from."""
-    fmt = FORMATS[stage.weight_format]
-    return fmt.weight_error, fmt.provenance
 
 
 def stage_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardware: Hardware) -> StageWork:
@@ -159,15 +155,21 @@ def _denoise_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwa
     noise = workload.num_images * workload.image_tokens * dims.in_channels * dtype_bytes
     references = workload.reference_tokens * (dims.in_channels * dtype_bytes + REFERENCE_ID_BYTES)
     low_rank_s = passes * low_rank_flops(workload, batch) / compute_rate(hardware, stage.compute_dtype)
+    batches = -(-workload.num_images // batch)
+    taken = steps_taken(stage.step_cache, model, workload, batch, dtype_bytes)
+    skipped_ns = nanoseconds(STEP_OVERHEADS * overhead_s, 1) + taken.first_blocks * double_ns
+    before = _before_weights(hardware)
+    before["first_ns"] += batches * taken.skipped * skipped_ns
     return StageWork(
         block_bytes=tuple(block_sizes(stage, model)),
         compute_ns=(double_ns,) * dims.num_double + (single_ns,) * dims.num_single,
         between_ns=nanoseconds(STEP_OVERHEADS * overhead_s + low_rank_s, 1),
-        rounds=-(-workload.num_images // batch) * workload.steps,
-        **_before_weights(hardware),
+        rounds=batches * taken.computed,
+        **before,
         kept_bytes=fmt.plain_bytes(dims.remaining_non_block_weights, dtype_bytes)
         + kept_bytes(workload.adapters, dtype_bytes),
-        activation_bytes=denoise_activation_bytes(model, workload, batch, dtype_bytes, stage.chunk_tokens, fmt),
+        activation_bytes=denoise_activation_bytes(model, workload, batch, dtype_bytes, stage.chunk_tokens, fmt)
+        + taken.kept_bytes,
         once_bytes=fmt.plain_bytes(dims.conditioning_weights, dtype_bytes)
         + conditioning_peak_bytes(model, workload, batch, dtype_bytes),
         passing_bytes=fmt.plain_bytes(largest_embedder, dtype_bytes),
@@ -315,7 +317,7 @@ def stage_cost(stage: StagePlan, model: ModelSpec, workload: Workload, hardware:
     work = stage_work(stage, model, workload, hardware)
     if not work.rounds:
         return _cached_cost(stage, work.host_bytes, hardware)
-    error, provenance = fidelity_of(stage)
+    error, provenance = fidelity_of(stage, workload.steps)
     tiers = tiers_of(stage, work.block_bytes, on_host)
     device = device_bytes(work, tiers.gpu, tiers.slots)
     load = load_ns(work, tiers, hardware)
@@ -358,7 +360,7 @@ def stage_cost(stage: StagePlan, model: ModelSpec, workload: Workload, hardware:
 def _cached_cost(stage: StagePlan, embeddings_bytes: int, hardware: Hardware) -> StageCost:
     """All embeddings come from the prompt cache: no weights, no time worth predicting, the format's fidelity."""
     on_host, process = hardware.device == "cpu", _before_weights(hardware)["process_bytes"]
-    error, provenance = fidelity_of(stage)
+    error, provenance = fidelity_of(stage, steps=0)
     return StageCost(
         context_bytes=0 if on_host else hardware.context_bytes,
         host_bytes=process + embeddings_bytes,

@@ -22,6 +22,7 @@ from lowmem_flux2.planning.formats import COMPUTE_DTYPES, FORMATS
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import Component
 from lowmem_flux2.planning.stage_cost import StageCost
+from lowmem_flux2.planning.step_caches import parse_step_cache
 from lowmem_flux2.planning.workload import Workload
 
 SCHEMA_VERSION = 1
@@ -73,7 +74,7 @@ class StagePlan:
         slots: device buffers for streamed blocks, each as large as the largest streamed block; 0 when none is streamed.
         chunk_tokens: tokens per chunk of feed-forward and attention output; 0 for none.
         tile_px: VAE tile side in pixels; 0 for untiled.
-        step_cache: reuse between denoising steps; "off" for none.
+        step_cache: reuse between denoising steps, as ``step_caches`` writes it; "off" for none.
         batch_size: images that one denoising pass (or prompts that one encoder pass) takes together.
         cached_batches: of the encode stage's batches (``planning.batches``), those that the prompt cache holds.
     """
@@ -320,6 +321,10 @@ def _check_names(plan: Plan, source: str) -> None:
         if stage.compute_dtype not in COMPUTE_DTYPES:
             known = ", ".join(COMPUTE_DTYPES)
             raise UsageError(f"{source}: stages.{index}.compute_dtype: {stage.compute_dtype!r} is none of {known}")
+        try:
+            parse_step_cache(stage.step_cache)
+        except UsageError as error:
+            raise UsageError(f"{source}: stages.{index}.step_cache: {stage.step_cache!r}: {error}") from None
 
 
 def _without_derived(stage: Any) -> Any:

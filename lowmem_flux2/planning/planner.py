@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from lowmem_flux2.errors import DoesNotFit
 from lowmem_flux2.planning.candidates import Job, fits
-from lowmem_flux2.planning.cost import fidelity_of
+from lowmem_flux2.planning.fidelity import fidelity_of
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.objective import (
@@ -116,7 +116,7 @@ def options_of(job: Job, stage: Stage, value: Value) -> list[Option]:
     groups: dict[tuple[float, str], list[Sequence[Variant]]] = {}
     for family in job.families(stage):
         bare = family[0].bare
-        groups.setdefault((fidelity_of(bare)[0], bare.weight_format), []).append(family)
+        groups.setdefault((fidelity_of(bare, job.workload.steps)[0], bare.weight_format), []).append(family)
     return [
         Option(
             error,
@@ -163,7 +163,11 @@ def choose(jobs: Mapping[Stage, Job]) -> tuple[dict[Stage, StagePlan], Options]:
 
 def _reasons(stage: StagePlan, job: Job, options: Options) -> tuple[str, ...]:
     """Why a stage is what it is; beside it the best in the next more faithful format that fits."""
-    finer = [option for option in options.get(stage.stage, ()) if option.error < stage.cost.fidelity_error]
+    finer = [
+        option
+        for option in options.get(stage.stage, ())
+        if option.error < stage.cost.fidelity_error and option.weight_format != stage.weight_format
+    ]
     found = None
     if job.selection.prefer != "memory":
         found = next(filter(None, (_finer(option, job) for option in reversed(finer))), None)

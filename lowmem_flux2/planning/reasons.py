@@ -9,6 +9,7 @@ from typing import NamedTuple
 from lowmem_flux2.planning.candidates import Job, Least, fits
 from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.plan import ONE_BY_ONE, Limits, Placement, StagePlan
+from lowmem_flux2.planning.step_caches import AUTO, FirstBlock, automatic, fidelity_of_cache, parse_step_cache
 from lowmem_flux2.units import format_bytes, format_seconds
 
 HIDDEN_SHARE = 0.02
@@ -26,8 +27,9 @@ class Finer(NamedTuple):
 
 
 def reasons_of(chosen: StagePlan, job: Job, finer: Finer | None) -> tuple[str, ...]:
-    """Sentences about the weight format, the placements, the token chunks and the tiles."""
-    return (*_formats(chosen, job, finer), *_placements(chosen, job), *_chunks(chosen, job), *_tiles(chosen, job))
+    """Sentences about the weight format, the placements, the step cache, the token chunks and the tiles."""
+    words = (_placements(chosen, job), _step_cache(chosen, job), _chunks(chosen, job), _tiles(chosen, job))
+    return (*_formats(chosen, job, finer), *(word for part in words for word in part))
 
 
 def _formats(chosen: StagePlan, job: Job, finer: Finer | None) -> Iterator[str]:
@@ -79,6 +81,24 @@ def _placements(chosen: StagePlan, job: Job) -> Iterator[str]:
     else:
         waits = format_seconds(chosen.cost.waiting_s)
         yield f"compute waits {waits} ({share:.0%}) for {WAITS_FOR[chosen.cost.bottleneck]}"
+
+
+def _step_cache(chosen: StagePlan, job: Job) -> Iterator[str]:
+    if chosen.stage != "denoise":
+        return
+    cache, steps = parse_step_cache(chosen.step_cache), job.workload.steps
+    if cache is None:
+        _, why = automatic(job.model, job.workload, job.selection.prefer)
+        if why and job.selection.step_cache == AUTO:
+            yield f"no step cache: {why}"
+        return
+    computed = cache.computed_steps(steps)
+    if computed == steps:
+        yield f"step cache {cache.kind}: skips none of {steps} steps"
+        return
+    assumed = ", as is assumed" if isinstance(cache, FirstBlock) else ""
+    error, provenance = fidelity_of_cache(cache, steps)
+    yield f"step cache {cache.kind} computes {computed} of {steps} steps{assumed}; error {error:.2g}, {provenance}"
 
 
 def _chunks(chosen: StagePlan, job: Job) -> Iterator[str]:

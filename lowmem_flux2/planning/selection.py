@@ -9,6 +9,7 @@ from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning.formats import COMPUTE_DTYPES, FORMATS, PLAIN_FORMATS
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.plan import Limits
+from lowmem_flux2.planning.step_caches import step_cache_text
 from lowmem_flux2.planning.workload import Preference
 from lowmem_flux2.units import GIB
 
@@ -31,7 +32,7 @@ class Selection:
         dtype: compute dtype of all stages.
         placement: where the blocks rest that are not resident, or ``resident`` for all of them.
         vae_tile: ``auto``, ``off`` or a side in pixels.
-        step_cache: ``auto`` or ``off``.
+        step_cache: ``auto``, ``off``, or a step cache as ``step_caches`` reads it.
         batch_size: most images denoised together; 0 is auto.
         max_vram_bytes, max_ram_bytes: caps on our process; None for no cap.
     """
@@ -124,10 +125,10 @@ def check_selection(selection: Selection, hardware: Hardware) -> None:
                 f"{flag} {value} with compute dtype {dtype}: unquantized weights rest in the compute dtype; "
                 f"use --dtype {value}, or {flag} {dtype}"
             )
-    if selection.step_cache not in ("auto", "off"):
-        raise UsageError(
-            f"--step-cache {selection.step_cache}: this version has only 'off' (and 'auto', which picks it)"
-        )
+    try:
+        step_cache_text(selection.step_cache)
+    except UsageError as error:
+        raise UsageError(f"--step-cache {selection.step_cache}: {error}") from None
     if selection.vae_tile not in ("auto", "off") and not _is_tile(selection.vae_tile):
         raise UsageError(
             f"--vae-tile {selection.vae_tile}: auto, off, or a multiple of {TILE_STEP_PX} px up to {TILE_MOST_PX}"

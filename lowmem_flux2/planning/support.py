@@ -8,11 +8,12 @@ from importlib.util import find_spec
 
 from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.plan import StagePlan
+from lowmem_flux2.planning.step_caches import KINDS, OFF
 
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """Names of the weight formats and step caches that the executor runs, and the switches it honours."""
+    """Names of the weight formats and kinds of step caches that the executor runs, and the switches it honours."""
 
     weight_formats: frozenset[str]
     step_caches: frozenset[str]
@@ -25,7 +26,7 @@ class Support:
             library = LIBRARY_OF.get(stage.weight_format)
             remedy = f" (needs {library}, which is not installed: pip install 'lowmem-flux2[cuda]')" if library else ""
             lacks.append(f"{stage.component} weights in {stage.weight_format}{remedy}")
-        if stage.step_cache not in self.step_caches:
+        if stage.step_cache.partition(":")[0] not in self.step_caches:
             lacks.append(f"step cache {stage.step_cache}")
         if stage.chunk_tokens and not self.chunk_tokens:
             lacks.append(f"token chunks of {stage.chunk_tokens}")
@@ -36,6 +37,7 @@ class Support:
         return tuple(dict.fromkeys(word for stage in stages for word in self.missing(stage)))
 
 
+STEP_CACHES = frozenset((OFF, *KINDS))
 LIBRARY_OF = {"nf4": "bitsandbytes"}
 """Formats that run only where a library of an extra is installed."""
 
@@ -43,8 +45,8 @@ LIBRARY_OF = {"nf4": "bitsandbytes"}
 def installed() -> Support:
     """What the executor can do with the libraries that are installed here; looks for them without importing any."""
     formats = {name for name in FORMATS if name not in LIBRARY_OF or find_spec(LIBRARY_OF[name]) is not None}
-    return Support(weight_formats=frozenset(formats), step_caches=frozenset({"off"}), chunk_tokens=True)
+    return Support(weight_formats=frozenset(formats), step_caches=STEP_CACHES, chunk_tokens=True)
 
 
 SUPPORTED = installed()
-EVERYTHING = Support(weight_formats=frozenset(FORMATS), step_caches=frozenset({"off"}), chunk_tokens=True)
+EVERYTHING = Support(weight_formats=frozenset(FORMATS), step_caches=STEP_CACHES, chunk_tokens=True)

@@ -23,6 +23,7 @@ from lowmem_flux2.planning.chunks import chunk_bounds
 from lowmem_flux2.planning.linears import CONDITIONING, is_conditioning
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import StagePlan
+from lowmem_flux2.planning.step_caches import parse_step_cache
 from lowmem_flux2.planning.workload import Request
 from lowmem_flux2.runtime.adapters import AttachedAdapters
 from lowmem_flux2.runtime.components import transformer_blocks, transformer_on_meta
@@ -30,6 +31,7 @@ from lowmem_flux2.runtime.device import DTYPES, release_memory
 from lowmem_flux2.runtime.forward import Forward, StepConditioning
 from lowmem_flux2.runtime.layout import load_module, unbind
 from lowmem_flux2.runtime.references import References
+from lowmem_flux2.runtime.step_cache import Reuse, reuse
 from lowmem_flux2.runtime.step_hook import StepHook
 from lowmem_flux2.runtime.streaming import BlockStreamer
 from lowmem_flux2.runtime.weights import Weights
@@ -67,12 +69,15 @@ def initial_latents(model: ModelSpec, request: Request, dtype: torch.dtype, gene
 class Progress:
     """How far denoising has come: packed latents of finished batches, and of the batch under way after ``step`` steps.
 
-    Kept by the caller, so that another Denoiser goes on where one ran out of memory.
+    Kept by the caller, so that another Denoiser goes on where one ran out of memory. What the step cache keeps of the
+    batch under way is in ``reuse``; ``skipped`` are the steps of each finished batch that it stood for.
     """
 
     finished: list[torch.Tensor] = field(default_factory=list)
     latents: torch.Tensor | None = None
     step: int = 0
+    reuse: Reuse | None = None
+    skipped: list[tuple[int, ...]] = field(default_factory=list)
 
 
 class Denoiser:
@@ -160,7 +165,8 @@ class Denoiser:
             after = None if hook is None else self._calling(hook, prompt_embeds[batch])
             done = self._run(latents[batch], references, progress, timesteps, sigmas, steps, texts, after, on_step)
             progress.finished.append(done)
-            progress.latents, progress.step = None, 0
+            progress.skipped.append(tuple(sorted(progress.reuse.skipped)) if progress.reuse is not None else ())
+            progress.latents, progress.step, progress.reuse = None, 0, None
             on_batch(len(progress.finished) - 1, done)
         return torch.cat(progress.finished)
 
@@ -280,6 +286,9 @@ class Denoiser:
         latents = progress.latents
         if latents is None:
             latents = Flux2Pipeline._pack_latents(noise.to(self._device))
+        own = latents.shape[1]
+        kept = progress.reuse or reuse(parse_step_cache(self._stage.step_cache), len(steps), own)
+        progress.reuse = kept
         streamer = self._streamer
         assert streamer is not None
         passes = [self._forward.start(text, image_ids) for text in texts]
@@ -288,11 +297,17 @@ class Denoiser:
         for index in range(progress.step, len(steps)):
             moment, conditioning = timesteps[index], steps[index]
             tokens = latents if beside is None else torch.cat([latents, beside], dim=1)
-            prediction = self._forward.predict(streamer, tokens, passes, conditioning)[:, : latents.shape[1]]
+            compute = partial(self._forward.predict, streamer, tokens, passes, conditioning)
+            prediction = kept.predict(index, compute, streamer.skip)[:, :own]
             advanced = self._scheduler.step(prediction, moment, latents, return_dict=False)[0]
             if not bool(torch.isfinite(advanced).all()):
-                self._forward.explain_non_finite(streamer, index, tokens, passes, conditioning)
-            latents = advanced if after is None else after(index, moment, advanced)
+                was_skipped = index in kept.skipped
+                self._forward.explain_non_finite(streamer, index, tokens, passes, conditioning, was_skipped)
+            latents, version = advanced, advanced._version  # counts writes
+            if after is not None:
+                latents = after(index, moment, advanced)
+                if latents is not advanced or advanced._version != version:
+                    kept.forget()
             progress.latents, progress.step = latents, index + 1
             on_step()
             if self._interrupt:

@@ -52,7 +52,7 @@ class Engine:
         weight_format, text_weight_format: stored format of the transformer's and the text encoder's weights.
         placement: ``auto``, or force all streamed blocks to ``resident``, ``pinned``, ``pageable`` or ``disk``.
         vae_tile: ``auto``, ``off`` or a side in pixels.
-        step_cache: ``auto`` or ``off``.
+        step_cache: ``auto``, ``off``, ``fine``, ``fair``, ``coarse``, or as ``planning.step_caches`` reads it.
         batch_size: images denoised together; 0 lets the planner choose.
         max_vram, max_ram: caps, in bytes or as text (``"8GiB"``); CUDA's allocator enforces the first, the second binds
             the plan, and a run that exceeds it says so in ``report.events``.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -22,6 +22,7 @@ from lowmem_flux2.planning.budget import overrun
 from lowmem_flux2.planning.ladder import Resource
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Plan, Stage, StagePlan
+from lowmem_flux2.planning.step_caches import computed_blocks
 from lowmem_flux2.planning.workload import Request
 from lowmem_flux2.report import StageMeasure
 from lowmem_flux2.runtime.decode import Decoder
@@ -247,6 +248,10 @@ class Executor:
         left = (batches - len(progress.finished)) * steps - progress.step
         self._climb("denoise", left, attempt, begun)
         self._under_way = None
+        stage = self._plan.stage("denoise")
+        blocks = computed_blocks(stage.step_cache, steps, len(stage.block_placements), progress.skipped)
+        measure = replace(self._outcome.measures[-1], skipped_steps=tuple(progress.skipped), computed_blocks=blocks)
+        self._outcome.measures[-1] = measure
         return torch.cat(progress.finished)
 
     def _decode(self, request: Request, inputs: Inputs, packed: torch.Tensor) -> None:

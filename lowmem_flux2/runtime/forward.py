@@ -14,6 +14,7 @@ from torch import nn
 
 from lowmem_flux2.errors import NonFiniteLatents
 from lowmem_flux2.runtime.chunking import Chunks, double_block, single_block
+from lowmem_flux2.runtime.step_cache import Residuals
 from lowmem_flux2.runtime.streaming import BlockStreamer
 
 
@@ -70,12 +71,18 @@ class Forward:
         passes: Sequence[Pass],
         conditioning: StepConditioning,
         watch: Callable[[int, Pass], None] | None = None,
+        residuals: Residuals | None = None,
     ) -> torch.Tensor:
-        """The velocity for one step: (B, tokens, channels). Equal to Flux2Transformer2DModel.forward, with guidance."""
+        """The velocity for one step: (B, tokens, channels). Equal to Flux2Transformer2DModel.forward, with guidance.
+
+        Where ``residuals`` stand for all blocks but the first, it is that of the image's own tokens alone.
+        """
         net = self._transformer
         projected = net.x_embedder(latents.to(self._dtype))
         for one in passes:
             one.hidden, one.encoder_hidden = projected, one.text
+        if residuals is not None:
+            residuals.enter(projected)
         del projected  # else it lives through the whole step
         doubles = len(net.transformer_blocks)
         for index, block in enumerate(streamer.round()):
@@ -86,16 +93,26 @@ class Forward:
                     self._single(block, one, conditioning, first=index == doubles)
                 if watch is not None:
                     watch(index, one)
+            if index == 0 and residuals is not None and residuals.may_skip([self._image(one, 0) for one in passes]):
+                streamer.skip()
+                break
         predictions: list[torch.Tensor] = []
-        for one in passes:
-            text_tokens = one.text.shape[1] if len(net.single_transformer_blocks) else 0
-            hidden = net.norm_out(one.hidden[:, text_tokens:, ...], conditioning.embedding)
-            predictions.append(net.proj_out(hidden))
+        for number, one in enumerate(passes):
+            image = self._image(one, index)
+            if residuals is not None:
+                image = residuals.leave(number, image)
+            predictions.append(net.proj_out(net.norm_out(image, conditioning.embedding)))
+            del image
             one.hidden = one.encoder_hidden = one.text
         if len(predictions) == 1:
             return predictions[0]
         positive, negative = predictions
         return negative + self._guidance_scale * (positive - negative)
+
+    def _image(self, one: Pass, index: int) -> torch.Tensor:
+        """The image stream after this block; in single-stream blocks it follows the text."""
+        is_joint = index >= len(self._transformer.transformer_blocks)
+        return one.hidden[:, one.text.shape[1] :, ...] if is_joint else one.hidden
 
     def _double(self, block: nn.Module, one: Pass, conditioning: StepConditioning) -> None:
         if self.chunks is not None:
@@ -133,8 +150,13 @@ class Forward:
         latents: torch.Tensor,
         passes: Sequence[Pass],
         conditioning: StepConditioning,
+        was_skipped: bool = False,
     ) -> None:
-        """Run the step again, looking at what goes in and then after every block, at both streams."""
+        """Run the step again, looking at what goes in and then after every block, at both streams.
+
+        Args:
+            was_skipped: it did not compute all blocks, so that what is not finite may be what stood for them.
+        """
         names = [f"double-stream block {i}" for i in range(len(self._transformer.transformer_blocks))]
         names += [f"single-stream block {i}" for i in range(len(self._transformer.single_transformer_blocks))]
         entering = {
@@ -151,7 +173,7 @@ class Forward:
 
         if not found:
             self.predict(streamer, latents, passes, conditioning, watch)
-        where = found[0] if found else "the output projection"
+        where = found[0] if found else "the step cache's forecast" if was_skipped else "the output projection"
         hint = "try --dtype fp32" if self._dtype is torch.float16 else "the weights may be broken, or guidance too high"
         raise NonFiniteLatents(
             f"denoise: NaN or infinity at step {step + 1} of {self._steps}, first in {where}; {hint}"

@@ -63,7 +63,8 @@ class BlockStreamer:
     """Hands out the blocks of one component in order, round after round, each with its weights in place.
 
     A round that is given up (the consumer raised, or dropped the iterator) does not count: the next ``round`` begins
-    again at the first block.
+    again at the first block. A round that is not needed, or nothing of it but its first block, is left out by ``skip``,
+    which moves nothing.
 
     Args:
         blocks: modules on the meta device, in the order of use.
@@ -112,7 +113,9 @@ class BlockStreamer:
         self._round = 0  # the number of the round under way; an older iterator is out of date
         self._rounds_left = rounds
         self._uses: deque[_Use] = deque()
-        self._held: _Slot | None = None
+        self._at: int | None = None  # the block that is handed out
+        self._held: _Slot | None = None  # its slot
+        self._is_cut = False  # the last round ended after its first block, which is held for the next one
         self._bringing: Future[None] | None = None  # what was given to the worker last
         self._issued = 0  # uses ever sent for; the next goes into slot issued mod n
         self._origin = 0  # the use that was, or will be, a round's first block
@@ -216,7 +219,8 @@ class BlockStreamer:
         self._begin()
         number = self._round
         for index, block in enumerate(self._blocks):
-            if self._placements[index] is Placement.GPU:
+            self._at = index
+            if self._placements[index] is Placement.GPU or self._held is not None:
                 yield block
             else:
                 bind(block, self._layouts[index], self._take(index).span)
@@ -225,6 +229,25 @@ class BlockStreamer:
                 raise ValueError("this round was given up: the streamer was closed, or another round begun")
             self._release()
             self._prefetch()
+        self._at = None
+        self._rounds_left = max(0, self._rounds_left - 1)
+
+    def skip(self) -> None:
+        """Leave out an announced round, or all of the round under way but its first block. Nothing moves.
+
+        The next round finds that block, and those sent for behind it, in their slots. Kernels that use the block may go
+        on being enqueued until then.
+
+        Raises:
+            ValueError: the streamer is closed, or the round under way is past its first block.
+        """
+        if self._is_closed:
+            raise ValueError("the streamer is closed")
+        if self._at:
+            raise ValueError(f"block {self._at} is handed out: only a round's first block can be all of it")
+        self._is_cut = self._is_cut or self._at == 0
+        self._at = None
+        self._round += 1
         self._rounds_left = max(0, self._rounds_left - 1)
 
     def _begin(self) -> None:
@@ -232,10 +255,12 @@ class BlockStreamer:
         if self._is_closed:
             raise ValueError("the streamer is closed")
         self._round += 1
-        self._release()
+        if not self._is_cut:
+            self._release()
+        self._is_cut = False
         if not self._streamed:
             return
-        taken = self._issued - len(self._uses)
+        taken = self._issued - len(self._uses) - (self._held is not None)
         if (taken - self._origin) % len(self._streamed):
             for use in self._uses:
                 if use.brought is not None and not use.brought.cancel():
@@ -246,8 +271,9 @@ class BlockStreamer:
         self._prefetch()
 
     def _prefetch(self) -> None:
-        """Send for blocks as long as slots are free (none is in use now) and the announced rounds need them."""
-        while self._issued < self._limit and len(self._uses) < len(self._slots):
+        """Send for blocks as long as slots are free and the announced rounds need them."""
+        free = len(self._slots) - (self._held is not None)
+        while self._issued < self._limit and len(self._uses) < free:
             index = self._streamed[(self._issued - self._origin) % len(self._streamed)]
             slot = self._slots[self._issued % len(self._slots)]
             self._issued += 1

@@ -77,8 +77,11 @@ class Run:
         self.used = 0  # streamed blocks whose kernels were enqueued
         self.copies_before_kernels: list[int] = []  # how many were done when each streamed block's kernels began
 
-    def use(self, index: int, block: nn.Module) -> None:
-        """Enqueue the block's kernels: they look at its weights for a while, and its slot is of no use afterwards."""
+    def use(self, index: int, block: nn.Module, is_kept: bool = False) -> None:
+        """Enqueue the block's kernels: they look at its weights for a while.
+
+        Afterwards its slot is of no use, unless the block is kept for the next round.
+        """
         assert block is self._modules[index]
         (weight,) = block.parameters()
         assert weight.data_ptr() % 256 == 0
@@ -94,7 +97,7 @@ class Run:
 
         def spoil() -> None:
             look()
-            if not self._resident[index]:
+            if not self._resident[index] and not is_kept:
                 weight.data.fill_(POISON)
 
         for step in (begin, spoil):
@@ -111,6 +114,13 @@ class Run:
             self.use(index, block)
             handed += 1
         assert handed == len(self._modules)
+
+    def cut_round(self) -> Iterator[nn.Module]:
+        """A round of which only the first block is used."""
+        iterator = self.streamer.round()
+        self.use(0, next(iterator), is_kept=True)
+        self.streamer.skip()
+        return iterator
 
     def begin_round(self, blocks: int, use_last: bool) -> Iterator[nn.Module]:
         """A round given up after ``blocks`` blocks, the last of them used or not."""
@@ -241,6 +251,49 @@ def test_a_round_that_is_given_up_can_be_begun_again(
         assert not run.streamer._uses  # nothing was sent for that no announced round needs
         given_up_rounds = len(given_up) + failures
         assert len(run.reads) <= run.used + given_up_rounds * (slots + 1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    placements=PLACEMENTS,
+    slots=st.integers(1, 4),
+    rounds=st.lists(st.sampled_from(["whole", "cut", "left out", "given up"]), max_size=7),
+    schedule=SCHEDULES,
+    kind=st.sampled_from(KINDS),
+)
+def test_a_round_that_is_left_out_or_cut_to_its_first_block_moves_nothing(
+    placements: list[Placement], slots: int, rounds: list[str], schedule: Schedule, kind: str
+) -> None:
+    rounds = [*rounds, "whole"]  # as the last step is always computed
+    with running(placements, slots, len(rounds), schedule, kind) as run:
+        for one in rounds:
+            if one == "given up":
+                run.begin_round(2, use_last=True)
+            if one in ("given up", "whole"):
+                run.whole_round()
+            elif one == "cut":
+                run.cut_round()
+            else:
+                run.streamer.skip()
+        run.check()
+        assert not run.streamer._uses
+        if "given up" not in rounds:
+            on_disk = [index + 1 for index, placed in enumerate(placements) if placed is DISK]
+            assert run.reads == rounds.count("whole") * on_disk
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_a_first_block_can_be_all_of_a_round(kind: str) -> None:
+    with running([PINNED, DISK, GPU], 2, 3, EAGER, kind) as run:
+        run.begin_round(2, use_last=True)
+        with pytest.raises(ValueError, match="block 1 is handed out"):
+            run.streamer.skip()
+        run.whole_round()
+        cut = run.cut_round()
+        with pytest.raises(ValueError, match="given up"):
+            next(cut)
+    with pytest.raises(ValueError, match="closed"):
+        run.streamer.skip()
 
 
 @settings(max_examples=100, deadline=None)
