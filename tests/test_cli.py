@@ -242,7 +242,11 @@ def test_dry_run_loads_and_writes_nothing(run: Run) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["plan", "-m", "flux2-dev", "--profile", "rtx-3060-12gb", "--max-ram", "32GiB"], ["profiles", "list"]],
+    [
+        ["--help"],
+        ["plan", "-m", "flux2-dev", "--profile", "rtx-3060-12gb", "--max-ram", "32GiB", "--image", "1024x768"],
+        ["profiles", "list"],
+    ],
 )
 def test_planning_never_imports_torch(arguments: list[str]) -> None:
     script = (
@@ -274,6 +278,27 @@ def test_generate_writes_picture_report_and_metadata(run: Run) -> None:
     assert picture.size == (64, 64)
     assert picture.text["prompt"] == PROMPT
     assert picture.text["seed"] == "3"
+
+
+def test_references_are_planned_carried_out_and_recorded(run: Run) -> None:
+    for name, size in (("a.png", (64, 80)), ("b.jpg", (130, 65))):
+        Image.effect_noise(size, 90).convert("RGB").save(name)
+    images = ["--image", "a.png", "--image", "b.jpg"]
+    ran = run("generate", "-p", PROMPT, *images, "--dry-run")
+    words = " ".join(ran.out.split())
+    assert "2 reference images: 64x80 20 tokens, 128x64 32 tokens; a step sees" in words, ran
+    assert "reference" in [line.partition(" ")[0] for line in ran.out.splitlines()]
+    planned = run("plan", "--steps", "1", "--image", "64x80", "--image", "130x65", "--json")
+    Path("plan.json").write_text(planned.out)
+    asked = ["-q", "-p", PROMPT, "-s", "3", "--plan", "plan.json", "--report", "report.json"]
+    _fails(run("generate", *asked), 2, "references: plan (64, 80), (128, 64), here none")
+    assert run("generate", *asked, *images).code == 0
+    report = json.loads(Path("report.json").read_text())
+    assert [stage["stage"] for stage in report["measured"]["stages"]] == ["encode", "reference", "denoise", "decode"]
+    assert [reference["name"] for reference in report["references"]] == ["a.png", "b.jpg"]
+    picture = Image.open("out_3.png")
+    assert picture.size == (64, 80)
+    assert picture.text["references"] == "a.png 64x80, b.jpg 128x64"
 
 
 def test_generate_never_overwrites_and_repeats_bit_for_bit(run: Run) -> None:

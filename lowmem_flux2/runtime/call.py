@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,13 +40,21 @@ def check_together(
 
 
 def check_stock(
-    model: ModelSpec, attention_kwargs: Mapping[str, Any] | None, text_encoder_out_layers: Sequence[int] | None
+    model: ModelSpec,
+    return_dict: bool,
+    attention_kwargs: Mapping[str, Any] | None,
+    text_encoder_out_layers: Sequence[int] | None,
+    caption_upsample_temperature: float | None,
 ) -> None:
     """Arguments of the stock pipelines that this engine takes only at the value they have anyway.
 
     Raises:
         UsageError: another value; says what it would have to be, and why.
     """
+    if not return_dict:
+        raise UsageError("return_dict=False: generate returns a Generation; the stock tuple is (its images,)")
+    if caption_upsample_temperature is not None:
+        raise UsageError("caption_upsample_temperature: captions are not upsampled in this version; leave it out")
     kwargs = dict(attention_kwargs or {})
     if kwargs.pop("scale", 1.0) != 1.0:
         raise UsageError("attention_kwargs: 'scale' is that of LoRA weights: give each LoRA its own scale instead")
@@ -57,3 +66,12 @@ def check_stock(
             f"text_encoder_out_layers {tuple(text_encoder_out_layers)}: {model.name} was trained on the states after "
             f"layers {', '.join(map(str, layers))}, and no more than these are loaded; leave it out"
         )
+
+
+def rounded(name: str, value: int | None, multiple: int) -> int | None:
+    """A side in pixels rounded down to a multiple, with a warning, as in diffusers."""
+    if value is None or value % multiple == 0 or value < multiple:
+        return value
+    below = value // multiple * multiple
+    warnings.warn(f"{name} {value} is not a multiple of {multiple}: using {below}", stacklevel=4)
+    return below

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from lowmem_flux2.planning.references import Reference
 from lowmem_flux2.planning.sources import ModelSource, resolve_model
 from lowmem_flux2.planning.workload import Preference, Request, image_seeds, make_request
 from lowmem_flux2.runtime.cache import prompt_cache_limit
-from lowmem_flux2.runtime.call import check_alone, check_stock, check_together
+from lowmem_flux2.runtime.call import check_alone, check_stock, check_together, rounded
 from lowmem_flux2.runtime.denoise import Generators
 from lowmem_flux2.runtime.device import torch_device
 from lowmem_flux2.runtime.download import with_weights
@@ -183,8 +182,8 @@ class Engine:
             self._source.spec,
             (prompt,) if isinstance(prompt, str) else tuple(prompt),
             negative_prompt=negative_prompt,
-            width=_rounded("width", width, multiple),
-            height=_rounded("height", height, multiple),
+            width=rounded("width", width, multiple),
+            height=rounded("height", height, multiple),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
@@ -212,11 +211,13 @@ class Engine:
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         output_type: OutputType = "pil",
+        return_dict: bool = True,
         attention_kwargs: Mapping[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int | None = None,
         text_encoder_out_layers: Sequence[int] | None = None,
+        caption_upsample_temperature: float | None = None,
         loras: Sequence[LoraLike] | None = None,
         plan: Plan | None = None,
         save_latents: str | Path | None = None,
@@ -232,7 +233,8 @@ class Engine:
             image: reference images, up to ten: a PIL image, a path, an array (h, w, channels) or a tensor
                 (channels, h, w) in [0, 1] or in 8 bits, a batch of these, or a list.
             image_size: reduces them to at most so many pixels squared; 1024 if not given, as the stock pipelines do.
-            attention_kwargs, text_encoder_out_layers: taken at the values that they have anyway.
+            return_dict, attention_kwargs, text_encoder_out_layers, caption_upsample_temperature: taken at the values
+                that they have anyway.
             callback_on_step_end: see ``runtime.step_hook.StepCallback``.
             seed: image i uses a generator of its own with ``seed + i``; drawn at random where neither seed, generator
                 nor latents are given. Every seed is in the result.
@@ -254,7 +256,8 @@ class Engine:
         hook = None
         if callback_on_step_end is not None:
             hook = StepHook(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
-        check_stock(self._source.spec, attention_kwargs, text_encoder_out_layers)
+        stock = (return_dict, attention_kwargs, text_encoder_out_layers, caption_upsample_temperature)
+        check_stock(self._source.spec, *stock)
         if from_latents is not None:
             asked = (prompt, image, image_size, negative_prompt, height, width, num_inference_steps, sigmas)
             given = (guidance_scale, generator, seed, latents, prompt_embeds, negative_prompt_embeds, plan)
@@ -387,11 +390,3 @@ class Engine:
 
 def _size(size: int | str | None) -> int | None:
     return parse_bytes(size) if isinstance(size, str) else size
-
-
-def _rounded(name: str, value: int | None, multiple: int) -> int | None:
-    if value is None or value % multiple == 0 or value < multiple:
-        return value
-    rounded = value // multiple * multiple
-    warnings.warn(f"{name} {value} is not a multiple of {multiple}: using {rounded}", stacklevel=3)
-    return rounded

@@ -13,6 +13,7 @@ import tiny
 import torch
 
 from lowmem_flux2 import Engine
+from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning.plan import Placement, Plan, StagePlan
 from lowmem_flux2.runtime.encode import TextEncoder
 from lowmem_flux2.runtime.weights import CheckpointWeights
@@ -76,6 +77,8 @@ CASES: dict[str, Callable[[str], dict[str, Any]]] = {
     "two images of a prompt, a generator each": lambda _: {"num_images_per_prompt": 2, "generator": seeded(5, 1)},
     "custom sigmas": lambda _: {"sigmas": [1.0, 0.7, 0.2], "num_inference_steps": 3, "generator": seeded(3)[0]},
     "given latents": lambda dtype: {"num_images_per_prompt": 2, "latents": noise(dtype, 2)},
+    "a list of one prompt": lambda _: {"prompt": [PROMPT], "generator": seeded(3)},
+    "less text": lambda _: {"max_sequence_length": 48, "generator": seeded(3)[0]},
     "portrait": lambda _: {"height": 112, "width": 48, "num_inference_steps": 3, "generator": seeded(3)[0]},
 }
 
@@ -172,6 +175,87 @@ def test_ragged_last_batch_equals_a_run_of_its_size(folders: dict[str, Path], st
     pair = pipeline(**arguments(num_images_per_prompt=2), generator=seeded(1, 2)).images
     last = pipeline(**arguments(), generator=seeded(3)).images
     assert torch.equal(made.images, torch.cat([pair, last]))
+
+
+# --- callbacks, and what has no effect -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_callback_is_given_the_stock_ones_tensors_and_may_change_latents(
+    form: str, folders: dict[str, Path], stock: Stock
+) -> None:
+    def run(generate: Callable[..., Any]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        seen: list[torch.Tensor] = []
+
+        def halve(_: object, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+            seen.extend((torch.tensor(step), timestep, tensors["latents"].clone(), tensors["prompt_embeds"].clone()))
+            return {**tensors, "latents": tensors["latents"] / 2}
+
+        asked = arguments(callback_on_step_end=halve, prompt=[PROMPT, OTHER], generator=seeded(1, 2))
+        wanted = ["latents", "prompt_embeds"]
+        return generate(**asked, callback_on_step_end_tensor_inputs=wanted).images, seen
+
+    made, seen = run(Engine(str(folders[form]), dtype="fp32", batch_size=2).generate)
+    expected, stock_seen = run(stock(form, "fp32"))
+    assert torch.equal(made, expected)
+    assert len(seen) == len(stock_seen) == 8
+    assert all(torch.equal(one, other) for one, other in zip(seen, stock_seen, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_callback_may_interrupt(form: str, folders: dict[str, Path], stock: Stock) -> None:
+    steps: list[int] = []
+
+    def stop(run: Any, step: int, _: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        steps.append(step)
+        run._interrupt = step == 1
+        return tensors
+
+    asked = arguments(num_inference_steps=4, callback_on_step_end=stop)
+    made = Engine(str(folders[form]), dtype="fp32", placement="disk").generate(**asked, generator=seeded(1)[0]).images
+    assert torch.equal(made, stock(form, "fp32")(**asked, generator=seeded(1)[0]).images)
+    assert steps == [0, 1] * 2
+
+
+def test_an_interruption_ends_the_batch_under_way_alone(folders: dict[str, Path]) -> None:
+    steps: list[int] = []
+
+    def stop(run: Any, step: int, *_: object) -> None:
+        steps.append(step)
+        run.interrupt = len(steps) == 1
+
+    engine = Engine(str(folders["klein"]), dtype="fp32", batch_size=1)
+    made = engine.generate(**arguments(num_images_per_prompt=2, callback_on_step_end=stop), seed=1).images
+    assert steps == [0, 0, 1]
+    assert torch.equal(made[1:], engine.generate(**arguments(), seed=2).images)
+
+
+@pytest.mark.parametrize("form", ["dev", "klein"])
+def test_arguments_at_the_value_that_they_have_anyway_change_nothing(
+    form: str, folders: dict[str, Path], stock: Stock
+) -> None:
+    layers = (10, 20, 30) if form == "dev" else (9, 18, 27)
+    asked = arguments(attention_kwargs={"scale": 1.0}, text_encoder_out_layers=layers, return_dict=True)
+    made = Engine(str(folders[form]), dtype="fp32").generate(**asked, generator=seeded(1)[0]).images
+    assert torch.equal(made, stock(form, "fp32")(**asked, generator=seeded(1)[0]).images)
+
+
+@pytest.mark.parametrize(
+    ("refused", "said"),
+    [
+        ({"return_dict": False}, "return_dict=False: generate returns a Generation"),
+        ({"attention_kwargs": {"scale": 0.5}}, "'scale' is that of LoRA weights"),
+        ({"attention_kwargs": {"ip_adapter_masks": []}}, "ip_adapter_masks: FLUX.2's attention has no such option"),
+        ({"text_encoder_out_layers": (9, 18)}, r"trained on the states after layers 9, 18, 27"),
+        (
+            {"callback_on_step_end": lambda *_: None, "callback_on_step_end_tensor_inputs": ["noise_pred"]},
+            "callback_on_step_end_tensor_inputs: noise_pred: none of latents, prompt_embeds",
+        ),
+    ],
+)
+def test_what_is_refused_says_why(refused: dict[str, Any], said: str, folders: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match=said):
+        Engine(str(folders["klein"])).generate(**arguments(**refused), seed=1)
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
