@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -99,7 +100,9 @@ def batch_request(
             prompts = tuple(located[at].line.prompt for at in part)
             groups.append(AskedGroup(replace(asked, request=replace(asked.request, prompts=prompts)), part))
     lines = tuple(each.line for each in located)
-    batch = BatchRequest(lines, tuple(groups), (), _options(flags, fit, selection, seed, options, groups[0].asked))
+    options = {**_options(flags, selection, seed), "device": groups[0].asked.machine.hardware.device, **options}
+    options |= _references(groups)
+    batch = BatchRequest(lines, tuple(groups), (), options)
     return replace(batch, seeds=_seeds(batch, located, seed))
 
 
@@ -115,11 +118,13 @@ def _written_alike(lines: Sequence[PromptLine]) -> list[list[int]]:
 
 
 def _with_line(flags: RequestFlags, line: PromptLine) -> RequestFlags:
-    if line.image is not None or flags.image:
-        raise UsageError("reference images are not yet for batches: leave image out")
     said = {key: getattr(line, key) for key in _OVERRIDES if getattr(line, key) is not None}
     if line.lora is not None:
         said["lora"] = list(line.lora)
+    if line.image is not None:
+        said["image"] = list(line.image)
+        if not line.image:
+            said["image_size"] = None
     return replace(flags, prompt=None, prompt_file=None, **said)
 
 
@@ -146,20 +151,18 @@ _ELSEWHERE = ("prompt", "prompt_file", "offline", "max_vram_bytes", "max_ram_byt
 """What decides no pixel, or is compared line by line; caps bind the plan whatever they are."""
 
 
-def _options(
-    flags: RequestFlags,
-    fit: FitFlags,
-    selection: Selection,
-    seed: int | None,
-    more: dict[str, str],
-    asked: Asked,
-) -> dict[str, str]:
+def _references(groups: Sequence[AskedGroup]) -> dict[str, str]:
+    """What is in each reference image's file."""
+    names = dict.fromkeys(one.name for group in groups for one in group.asked.request.references)
+    return {name: hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16] for name in names}
+
+
+def _options(flags: RequestFlags, selection: Selection, seed: int | None) -> dict[str, str]:
     """What was typed, by flag, without what was left to its default."""
     typed = {**asdict(flags), **asdict(selection), "seed": seed}
     plain = {**asdict(RequestFlags()), **asdict(Selection()), "seed": None}
     found = {f"--{key.replace('_', '-')}": str(value) for key, value in typed.items() if value != plain[key]}
-    found = {key: value for key, value in found.items() if key[2:].replace("-", "_") not in _ELSEWHERE}
-    return {**found, "device": asked.machine.hardware.device, **more}
+    return {key: value for key, value in found.items() if key[2:].replace("-", "_") not in _ELSEWHERE}
 
 
 # ------------------------------------------------------------------------------------------------------- planning
@@ -218,7 +221,12 @@ def _shared_encodes(
     encodes = []
     for texts in jobs:
         request = replace(
-            smallest.request, prompts=tuple(texts), num_images_per_prompt=1, negative_prompt=None, loras=()
+            smallest.request,
+            prompts=tuple(texts),
+            num_images_per_prompt=1,
+            negative_prompt=None,
+            references=(),
+            loras=(),
         )
         if guidance_passes(spec, request.guidance_scale) == 2:  # negative prompts are among the texts
             request = replace(request, guidance_scale=1.0)

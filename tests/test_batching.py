@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import loras
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -170,6 +171,32 @@ def test_a_line_has_its_own_lora(run: Run, tiny_dev: Path) -> None:
     assert len(set(pictures().values())) == 3
     assert "0.5" in Image.open("out_1.png").text["lora"]
     assert "lora" not in Image.open("out_2.png").text
+
+
+def test_a_line_has_its_own_reference_images(run: Run, tiny_dev: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowmem_flux2.runtime.forward import Forward
+
+    noise = np.random.default_rng(0)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(noise.integers(0, 256, (80, 96, 3), dtype=np.uint8)).save(name)
+    given: list[dict[str, Any]] = [{"image": "a.png"}, {"image": ["b.png", "a.png"]}, {}]
+    write_lines(*[{"prompt": PROMPTS[0], "seed": 7, **more} for more in given])
+    mine = batch(tiny_dev, "-o", "out_{index}.png")
+    with monkeypatch.context() as patch:
+        signals_in(patch, Forward, "predict", 3)
+        assert run(*mine).code == 130
+    kept = Path("a.png").read_bytes()
+    Path("a.png").write_bytes(Path("b.png").read_bytes())
+    changed = run(*mine)
+    assert changed.code == 2 and "a.png: manifest " in changed.err
+    Path("a.png").write_bytes(kept)
+    ran = run(*mine)
+    assert ran.code == 0, ran.err
+    plain = ["generate", "-q", "-m", str(tiny_dev), *ASKED, "-p", PROMPTS[0]]
+    for index, names in enumerate((["a.png"], ["b.png", "a.png"], [])):
+        flags = [word for name in names for word in ("--image", name)]
+        assert run(*plain, *flags, "-o", f"one_{index}.png").code == 0
+        assert Path(f"one_{index}.png").read_bytes() == Path(f"out_{index}.png").read_bytes()
 
 
 def signals_in(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int, signals: int = 1) -> None:

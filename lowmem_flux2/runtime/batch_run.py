@@ -26,6 +26,7 @@ from lowmem_flux2.runtime.interruption import Interruption
 from lowmem_flux2.runtime.manifest import Group, ImageState, Manifest, StoppedBatch, parts_of, write_manifest
 from lowmem_flux2.runtime.parts import Denoised, Parts
 from lowmem_flux2.runtime.picture import describe, png_bytes
+from lowmem_flux2.runtime.reference_images import load_references
 from lowmem_flux2.runtime.store import entry_of
 from lowmem_flux2.runtime.versions import versions
 
@@ -206,6 +207,7 @@ class BatchRun:
         inputs = Inputs(
             prompt_embeds=prompts,
             negative_prompt_embeds=negatives,
+            references=load_references(group.request.references),
             progress=progress,
             result="packed_latents",
             on_batch=keep,
@@ -215,7 +217,7 @@ class BatchRun:
         try:
             made = self._engine.run(group.request, group.plan, inputs, seeds)
         except Interrupted:
-            if progress.latents is not None:
+            if progress.latents is not None and group.plan.stage("denoise").step_cache == "off":
                 self._parts.put_under_way(progress.latents, progress.step)
                 stopped = StoppedBatch(number, len(progress.finished), progress.step)
                 self._keep(replace(self.manifest, stopped=stopped))
@@ -288,8 +290,8 @@ class BatchRun:
     def _texts(
         self, group: Group, at: int, denoised: Denoised, row: int, plan: Plan, record: ImageRecord
     ) -> dict[str, str]:
-        encoded = self.manifest.encodes[group.encode].plan.stage("encode")
-        stages = (encoded, denoised.plan.stage("denoise"), plan.stage("decode"))
+        elsewhere = {"encode": self.manifest.encodes[group.encode].plan.stage("encode"), "decode": plan.stage("decode")}
+        stages = tuple(elsewhere.get(stage.stage, stage) for stage in denoised.plan.stages)
         whole, position = replace(denoised.plan, stages=stages), group.images.index(at)
         texts = describe(group.request, whole, record, denoised.versions, position)
         return texts | {"text_weight_format": denoised.text_formats[row]}

@@ -119,15 +119,19 @@ def interrupted_run(
     done: UnderWay,
     sigmas: tuple[float, ...] | None,
 ) -> InterruptedRun:
-    """What to keep of a run whose plan was being carried out."""
+    """What to keep of a run whose plan was being carried out.
+
+    With a step cache the batch under way begins again: what its next steps would be made of is more than its latents.
+    """
     progress, repeats = done.progress, request.num_images_per_prompt
+    keeps_steps = plan.stage("denoise").step_cache == "off"
     return InterruptedRun(
         noise=done.noise,
         prompt_embeds=done.embeds[::repeats],
         negative_prompt_embeds=None if done.negative is None else done.negative[::repeats],
         finished=torch.cat(progress.finished) if progress.finished else None,
-        under_way=None if progress.latents is None else progress.latents.to("cpu"),
-        step=progress.step,
+        under_way=progress.latents.to("cpu") if progress.latents is not None and keeps_steps else None,
+        step=progress.step if keeps_steps else 0,
         sigmas=sigmas,
         weights=weights_of(source, plan),
         origin=origin_of(source, request, plan, images),
