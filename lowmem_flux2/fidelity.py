@@ -28,6 +28,7 @@ from lowmem_flux2.arguments import read_prompts
 from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.sources import ASSETS, EMBEDDED
+from lowmem_flux2.planning.step_caches import PRESETS, FirstBlock, StepCache, Taylor
 from lowmem_flux2.planning.support import SUPPORTED
 from lowmem_flux2.planning.tiles import TILE_SIDES_PX, tile_is_sound
 from lowmem_flux2.report import write_atomically
@@ -80,18 +81,22 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What a variant made: pictures (n, h, w, 3) in [0, 1], packed latents (n, tokens, channels), denoising seconds."""
+    """What a variant made: pictures (n, h, w, 3) in [0, 1], packed latents (n, tokens, channels), denoising seconds,
+    blocks computed, and which steps were skipped (batches, steps)."""
 
     pictures: Pictures
     latents: NDArray[np.float32]
     denoise_s: float
+    computed_blocks: int
+    skipped: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
     """A variant against its reference. PSNR is None where every picture is equal; ``worst`` is over the images.
 
-    ``time_ratio``: seconds of the denoise stage without loading, over the reference's, in this run.
+    ``time_ratio``: seconds of the denoise stage without loading, over the reference's, in this run. ``blocks_ratio``:
+    transformer blocks computed, over the reference's; ``skipped_steps``: of each batch, counted from 0.
     """
 
     name: str
@@ -109,6 +114,8 @@ class Figures:
     score_mean: float | None
     lpips_median: float | None
     lpips_worst: float | None
+    blocks_ratio: float
+    skipped_steps: Sequence[Sequence[int]]
 
 
 def prompts_for(model: str, file: Path | None, images: int) -> tuple[str, ...]:
@@ -132,6 +139,9 @@ def variants(setting: Setting, width: int, height: int) -> list[Variant]:
     found += [Variant(f"compute in {name}", "dtype", dtype=name) for name in others]
     found += [Variant(f"transformer {name}", "weights", weight_format=name) for name in quantized]
     found += [Variant(f"text encoder {name}", "text weights", text_weight_format=name) for name in quantized]
+    found += [
+        Variant(f"step cache {name}", "step cache", step_cache=text) for name, text in _step_caches(setting.steps)
+    ]
     found += _tiles(width, height)
     return [
         *found,
@@ -139,6 +149,15 @@ def variants(setting: Setting, width: int, height: int) -> list[Variant]:
         Variant("another seed", "control", shift=len(setting.prompts)),
         *([Variant("another prompt", "control", rotation=1)] if len(set(setting.prompts)) > 1 else []),
     ]
+
+
+def _step_caches(steps: int) -> list[tuple[str, str]]:
+    """Names and texts: the presets and some thresholds, where they skip a step, and one that is exact."""
+    caches: dict[str, StepCache] = {**PRESETS, "taylor 6": Taylor(interval=6, warmup=3)}
+    caches |= {f"first-block {threshold}": FirstBlock(threshold=threshold) for threshold in (0.1, 0.2, 0.3)}
+    caches["first-block 0.2, order 0"] = FirstBlock(threshold=0.2, order=0)
+    found = [(name, str(cache)) for name, cache in caches.items() if cache.computed_steps(steps) < steps]
+    return [("first-block 0", str(FirstBlock(threshold=0.0))), *found] if found else []
 
 
 def _tiles(width: int, height: int) -> list[Variant]:
@@ -232,11 +251,14 @@ def _kept(setting: Setting, variant: Variant, folder: Path) -> Sample:
             "pictures": np.round(sample.pictures * 65535).astype(np.uint16, order="C"),
             "latents": sample.latents,
             "denoise_s": np.array([sample.denoise_s]),
+            "computed_blocks": np.array([sample.computed_blocks]),
+            "skipped": sample.skipped,
         }
         save_file(kept, temporary)
         temporary.replace(path)
     found = load_file(path)
-    return Sample((found["pictures"] / 65535).astype(np.float32), found["latents"], float(found["denoise_s"][0]))
+    pictures, blocks = (found["pictures"] / 65535).astype(np.float32), int(found["computed_blocks"][0])
+    return Sample(pictures, found["latents"], float(found["denoise_s"][0]), blocks, found["skipped"])
 
 
 def _make(setting: Setting, variant: Variant) -> Sample:
@@ -247,7 +269,7 @@ def _make(setting: Setting, variant: Variant) -> Sample:
             batches.append(kept["latents"])
         batches[-1] = kept["latents"]
 
-    count, rotation = len(setting.prompts), variant.rotation
+    count, rotation, steps = len(setting.prompts), variant.rotation, max(1, setting.steps // variant.steps_divisor)
     plain = variant.dtype or setting.dtype
     with Engine(
         setting.model,
@@ -263,13 +285,15 @@ def _make(setting: Setting, variant: Variant) -> Sample:
             generator=[torch.Generator().manual_seed(setting.seed + variant.shift + i) for i in range(count)],
             width=setting.width * variant.scale,
             height=setting.height * variant.scale,
-            num_inference_steps=max(1, setting.steps // variant.steps_divisor),
+            num_inference_steps=steps,
             output_type="np",
             callback_on_step_end=note,
         )
     denoise = next(stage for stage in made.report.stages if stage.stage == "denoise")
     latents = torch.cat([batch.to("cpu", torch.float32) for batch in batches]).numpy()
-    return Sample(made.images.astype(np.float32), latents, denoise.time_s - denoise.load_s)
+    skipped = np.array([[step in batch for step in range(steps)] for batch in denoise.skipped_steps])
+    pictures = made.images.astype(np.float32)
+    return Sample(pictures, latents, denoise.time_s - denoise.load_s, denoise.computed_blocks, skipped)
 
 
 def _compare(
@@ -301,6 +325,8 @@ def _compare(
         score_mean=float(score(sample.pictures, prompts).mean()) if score and variant.scale == 1 else None,
         lpips_median=float(np.median(distance)) if distance is not None else None,
         lpips_worst=float(distance.max()) if distance is not None else None,
+        blocks_ratio=sample.computed_blocks / base.computed_blocks,
+        skipped_steps=[np.flatnonzero(batch).tolist() for batch in sample.skipped],
     )
 
 
@@ -318,6 +344,7 @@ HEADINGS = (
     "SSIM worst",
     "latents median",
     "latents worst",
+    "blocks ratio",
     "time ratio",
     "score",
 )
@@ -337,6 +364,7 @@ def _cells(one: Figures) -> tuple[str, ...]:
         f"{one.ssim_worst:.4f}",
         f"{one.latents_error_median:.4f}",
         f"{one.latents_error_worst:.4f}",
+        f"{one.blocks_ratio:.2f}",
         f"{one.time_ratio:.2f}",
         "" if one.score_mean is None else f"{one.score_mean:.3f}",
     )
