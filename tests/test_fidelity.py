@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from rich.console import Console
 from lowmem_flux2 import fidelity
 from lowmem_flux2.errors import UsageError
 from lowmem_flux2.fidelity import Setting, Variant, measure_fidelity, prompts_for, read_results
+from lowmem_flux2.planning.step_caches import PRESETS
 from lowmem_flux2.runtime.similarity import psnr_db, relative_error, ssim
 
 PROMPTS = (
@@ -67,6 +69,25 @@ def test_what_is_kept_is_not_made_again(measured: Path, monkeypatch: pytest.Monk
     setting = Setting("shapes", PROMPTS, 0, "fp32", steps=2, width=0, height=0)
     again = measure_fidelity(setting, measured, Console(quiet=True))
     assert [one.psnr_db_median for one in again] == [one.psnr_db_median for one in before]
+
+
+def test_step_caches_are_among_the_choices_where_they_skip_a_step() -> None:
+    setting = Setting("shapes", PROMPTS, 0, "fp32", steps=20, width=64, height=64)
+    caches = [one.step_cache for one in fidelity.variants(setting, 64, 64) if one.kind == "step cache"]
+    assert caches[0] == "first-block:threshold=0.0,order=1,warmup=3,last=1"
+    assert {str(cache) for cache in PRESETS.values()} < set(caches)
+    few = fidelity.variants(replace(setting, steps=2), 64, 64)
+    assert not [one for one in few if one.kind == "step cache"]
+
+
+def test_skipped_steps_and_computed_blocks_are_recorded(tmp_path: Path) -> None:
+    setting = Setting("shapes", PROMPTS, 0, "fp32", steps=6, width=64, height=64)
+    variant = Variant("half", "step cache", step_cache="taylor:interval=2")
+    made = fidelity._kept(setting, variant, tmp_path)
+    assert made.skipped.tolist() == [[False, False, True, False, True, False]]
+    figures = fidelity._compare(setting, variant, made, replace(made, computed_blocks=36), None, None)
+    assert figures.skipped_steps == [[2, 4]]
+    assert figures.blocks_ratio == pytest.approx(4 / 6)
 
 
 def test_kept_pictures_are_those_that_were_made(tmp_path: Path) -> None:
