@@ -2,9 +2,10 @@
 
     python benchmarks/fidelity.py --out benchmarks/results
 
-Writes fidelity-shapes.json, .md and .png there. `shapes` is regression evidence and orders step caches and tiles; the
-order of weight formats for 32 B weights rests on weight errors (benchmarks/weight_errors.py) and, where somebody has
-them, on real checkpoints: `lowmem-flux2 bench --fidelity -m MODEL --prompt-file FILE` makes the same table.
+Writes fidelity-shapes.json, .md and .png there, and the formats' figures in planning/fidelity_figures.py. `shapes` is
+regression evidence and orders step caches and tiles; the order of weight formats for 32 B weights rests on weight
+errors (benchmarks/weight_errors.py) and, where somebody has them, on real checkpoints:
+`lowmem-flux2 bench --fidelity -m MODEL --prompt-file FILE` makes the same table.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools" / "shapes"))
+sys.path[:0] = [str(ROOT / "tools" / "shapes"), str(ROOT / "tools")]
 
+import figures  # noqa: E402
 from draw import parse  # noqa: E402
 from score import check, read_picture  # noqa: E402
 
@@ -45,6 +47,8 @@ def main() -> None:
     prompts = prompts_for("shapes", None, arguments.images)
     setting = Setting("shapes", prompts, SEED, dtype="auto", steps=0, width=0, height=0)
     measure_fidelity(setting, arguments.out, Console(), stem="fidelity-shapes", score=fit)
+    if arguments.out.resolve() == figures.ROOT / "benchmarks" / "results":
+        figures.write()
 
 
 if __name__ == "__main__":

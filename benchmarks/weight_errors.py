@@ -4,8 +4,9 @@
 
 Gaussian weights, and heavy-tailed ones (Student's t with 5 degrees of freedom: outliers as trained layers have them),
 both scaled to a standard deviation as given, for rows as long as the Linears of dev (6144, 18432) and klein (3072,
-4096, 9216). Error: norm of the difference over the norm of the weight, in float32, weights in bf16. Writes
-weight-errors.json.
+4096, 9216). Error: norm of the difference over the norm of the weight, in float32, weights in bf16. For w8a8, which
+rounds inputs too, also that of a Linear's result for heavy-tailed inputs. Writes weight-errors.json; tools/figures.py
+takes the planner's figures from it.
 """
 
 from __future__ import annotations
@@ -13,25 +14,28 @@ from __future__ import annotations
 import argparse
 import json
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.report import write_atomically
 from lowmem_flux2.runtime.quantize import STORED
 from lowmem_flux2.runtime.versions import versions
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS = 512
+ROWS = 128
+TOKENS = 64
 COLUMNS = (3072, 4096, 6144, 9216, 18432)
 DEVIATIONS = (0.005, 0.02, 0.05)
 DEGREES = 5
 
 
-def weights(kind: str, columns: int, deviation: float) -> torch.Tensor:
+def weights(kind: str, columns: int, deviation: float, seed: int = 0) -> torch.Tensor:
     """(ROWS, columns) bf16."""
-    generator = torch.Generator().manual_seed(columns)
+    generator = torch.Generator().manual_seed(columns + seed)
     values = torch.randn(ROWS, columns, generator=generator)
     if kind == "heavy-tailed":
         chi = torch.randn(DEGREES, ROWS, columns, generator=generator).square().sum(dim=0)
@@ -39,15 +43,20 @@ def weights(kind: str, columns: int, deviation: float) -> torch.Tensor:
     return (values * deviation).to(torch.bfloat16)
 
 
-def error_and_bytes(name: str, weight: torch.Tensor) -> tuple[float, float]:
-    """Relative error, and stored bytes a weight with scales."""
+def error_and_bytes(name: str, weight: torch.Tensor) -> tuple[float, float, float]:
+    """Relative error of the weight and of a result, and stored bytes a weight with scales."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     stored = STORED[name](linear, torch.bfloat16)
     tensors = STORED[name].quantize(weight, torch.bfloat16)
     stored._buffers.update(tensors)
     difference = stored.dequantize().float() - weight.float()
+    error = result = float(difference.norm() / weight.float().norm())
+    if FORMATS[name].compute_class:
+        inputs = weights("heavy-tailed", weight.shape[1], 1.0, seed=1)[:TOKENS]
+        wanted = inputs.float() @ weight.float().t()
+        result = float((stored(inputs).float() - wanted).norm() / wanted.norm())
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    return float(difference.norm() / weight.float().norm()), size / weight.numel()
+    return error, result, size / weight.numel()
 
 
 def main() -> None:
@@ -55,21 +64,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
     results = []
-    for name in STORED:
-        for kind in ("gaussian", "heavy-tailed"):
-            for columns in COLUMNS:
-                for deviation in DEVIATIONS:
-                    error, size = error_and_bytes(name, weights(kind, columns, deviation))
-                    results.append(
-                        {
-                            "weight_format": name,
-                            "weights": kind,
-                            "columns": columns,
-                            "deviation": deviation,
-                            "relative_error": error,
-                            "bytes_per_weight": size,
-                        }
-                    )
+    for kind, columns, deviation in product(("gaussian", "heavy-tailed"), COLUMNS, DEVIATIONS):
+        weight = weights(kind, columns, deviation)
+        for name in STORED:
+            error, result, size = error_and_bytes(name, weight)
+            results.append(
+                {
+                    "weight_format": name,
+                    "weights": kind,
+                    "columns": columns,
+                    "deviation": deviation,
+                    "relative_error": error,
+                    "result_error": result,
+                    "bytes_per_weight": size,
+                }
+            )
     record = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "rows": ROWS, "versions": versions()}
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_atomically(arguments.out / "weight-errors.json", json.dumps(record | {"results": results}, indent=2) + "\n")
@@ -77,7 +86,7 @@ def main() -> None:
     for name in STORED:
         for kind in ("gaussian", "heavy-tailed"):
             rows = [row for row in results if (row["weight_format"], row["weights"]) == (name, kind)]
-            errors = sorted(float(row["relative_error"]) for row in rows)
+            errors = sorted(float(row["result_error"]) for row in rows)
             size = float(rows[0]["bytes_per_weight"])
             print(f"{name:8} {kind:13} {size:12.4f} {errors[0]:7.4f} {errors[len(errors) // 2]:7.4f} {errors[-1]:7.4f}")
 

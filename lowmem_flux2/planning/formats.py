@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
+from lowmem_flux2.planning.fidelity_figures import FIGURES, WEIGHT_ERRORS, FidelityFigures
 from lowmem_flux2.planning.models import BlockSpec
 
 ALIGNMENT_BYTES = 256
@@ -88,7 +89,7 @@ class WeightFormat:
         scratch_bytes_per_weight: live while a Linear's weight is expanded, per weight, besides the weight expanded.
         least_capability: CUDA compute capability that the format's compute dtype needs; None for any.
         weight_error: relative error of a Linear's result with Gaussian weights, which for storage formats is that of
-            the weights; the planner's order until latents are measured.
+            the weights (``figures`` has more): the planner's order of formats. Pictures of tiny models order nothing.
         provenance: where ``weight_error`` is from.
         compute_class: class of the matmuls of Linears; "" for the compute dtype's own.
         storage_of: format whose prepared store serves this one too; "" for none but its own.
@@ -107,6 +108,11 @@ class WeightFormat:
     def stored_as(self) -> str:
         """Name of the format in the prepared store."""
         return self.storage_of or self.name
+
+    @property
+    def figures(self) -> FidelityFigures | None:
+        """All that is measured of it; None where it is not quantized."""
+        return FIGURES.get(self.name)
 
     @property
     def is_quantized(self) -> bool:
@@ -178,8 +184,25 @@ PLAIN_FORMATS = ("fp32", "fp16", "bf16")
 
 _EXACT = "exact: the checkpoint's own bf16 values"
 _FP16 = "assumed: fp16 keeps more digits than bf16, but values beyond its range are clipped or lost"
-_WEIGHT_TABLE = "relative weight error on Gaussian weights, measured 2026 on CPU; not yet an error of latents"
-_INT8_TABLE = "relative error of a Linear's result, Gaussian weights, heavy-tailed inputs, measured 2026 on CPU"
+_MEASURED = f"relative error of a Linear's result, Gaussian weights: {WEIGHT_ERRORS}; not an error of latents"
+
+_UNMEASURED = 1.0
+"""Of a new format, until its figures are written: the last to be chosen."""
+
+
+def _quantized(
+    name: str,
+    storage: Storage,
+    scratch_bytes_per_weight: float = 0,
+    least_capability: tuple[int, int] | None = None,
+    compute_class: str = "",
+    storage_of: str = "",
+) -> WeightFormat:
+    error = FIGURES[name].gaussian if name in FIGURES else _UNMEASURED
+    return WeightFormat(
+        name, storage, scratch_bytes_per_weight, least_capability, error, _MEASURED, compute_class, storage_of
+    )
+
 
 # Scratch: int4 and int6 unpack one half of their low bits at a time (0.5 bytes a weight); nf4 expands its absmax values
 # to fp32, twice for a moment (2 * 4/64). Measured on a CPU with torch's profiler (tests), not on a GPU.
@@ -189,11 +212,11 @@ FORMATS: dict[str, WeightFormat] = {
         WeightFormat("fp32", None, 0, None, 0.0, _EXACT),
         WeightFormat("bf16", None, 0, (8, 0), 0.0, _EXACT),
         WeightFormat("fp16", None, 0, None, 0.0002, _FP16),
-        WeightFormat("int8", _int8, 0, None, 0.008, _WEIGHT_TABLE),
-        WeightFormat("w8a8", _int8, 0, (7, 5), 0.022, _INT8_TABLE, compute_class="int8", storage_of="int8"),
-        WeightFormat("int6", _int6, 0.5, None, 0.025, _WEIGHT_TABLE),
-        WeightFormat("fp8", _fp8, 0, None, 0.033, _WEIGHT_TABLE),
-        WeightFormat("nf4", _nf4, 8 / NF4_BLOCK, None, 0.092, _WEIGHT_TABLE),
-        WeightFormat("int4", _int4, 0.5, None, 0.100, _WEIGHT_TABLE),
+        _quantized("int8", _int8),
+        _quantized("w8a8", _int8, least_capability=(7, 5), compute_class="int8", storage_of="int8"),
+        _quantized("int6", _int6, 0.5),
+        _quantized("fp8", _fp8),
+        _quantized("nf4", _nf4, 8 / NF4_BLOCK),
+        _quantized("int4", _int4, 0.5),
     )
 }
