@@ -230,10 +230,13 @@ def pinnable_limit_bytes(ram_bytes: int, lock_limit_bytes: int | None, *, root: 
 
     NVIDIA's driver pins pages itself, unbound by RLIMIT_MEMLOCK, and the limit of a plain login (8 MiB or an eighth of
     RAM) is a distribution's default: honouring it would turn pinned streaming off on nearly every desktop. So a limit
-    at or under those defaults counts as none, as does root's (None: unlimited).
+    at or under those defaults counts as none, as does root's (None: unlimited). Zero is nobody's default: who set it
+    wants nothing locked, and nothing is, for root either.
     """
     half = ram_bytes // 2
     default = max(8 * MIB, int(ram_bytes * LOCK_LIMIT_DEFAULT_SHARE))
+    if lock_limit_bytes == 0:
+        return 0
     if root or lock_limit_bytes is None or lock_limit_bytes <= default:
         return half
     return min(half, lock_limit_bytes)

@@ -199,11 +199,18 @@ class BlockStreamer:
         failure = self._transport.pin(pages)
         if failure is None:
             self._registered.append(pages)
-        elif not self._has_warned:
-            self._has_warned = True
-            plain = f"could not pin {format_bytes(size_bytes)} ({failure}): copying from pageable memory instead"
-            self._warn(self._pinning.warning(size_bytes, failure) if self._pinning else plain)
+        else:
+            self._warn_once(size_bytes, failure)
         return pages[:size_bytes], failure is None
+
+    def _warn_once(self, size_bytes: int, failure: str) -> None:
+        if self._pinning is not None:
+            text = self._pinning.warning(size_bytes, failure)
+        else:
+            plain = f"could not pin {format_bytes(size_bytes)} ({failure}): copying from pageable memory instead"
+            text, self._has_warned = None if self._has_warned else plain, True
+        if text is not None:
+            self._warn(text)
 
     # ------------------------------------------------------------------------------------------------- a round
 

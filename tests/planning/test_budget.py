@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,8 +12,10 @@ from hypothesis import strategies as st
 from machines import DEV, KLEIN_4B, MODELS, SUPPORTED, machine, plan_for, spec, work
 
 from lowmem_flux2.errors import DoesNotFit
+from lowmem_flux2.planning import detect
 from lowmem_flux2.planning.budget import overrun
 from lowmem_flux2.planning.hardware import LIBRARIES_HOST_BYTES, load_profile
+from lowmem_flux2.planning.nvml import NvmlCard
 from lowmem_flux2.planning.plan import Limits, Placement
 from lowmem_flux2.planning.planner import make_plan
 from lowmem_flux2.planning.selection import Selection
@@ -81,6 +85,28 @@ def test_where_nothing_may_be_pinned_disk_blocks_still_run_through_plain_memory(
     assert denoise.cost.host_pinned_bytes == 0
     assert replace(denoise, cost=pinned.cost, reasons=()) == replace(pinned, reasons=())
     assert denoise.cost.peak_ram_bytes == pinned.cost.peak_ram_bytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits as Linux has them")
+def test_with_memlock_0_nothing_is_pinnable_and_no_plan_pins() -> None:
+    resource = importlib.import_module("resource")  # not on Windows
+    before = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    free = detect.read_host()
+    try:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, before[1]))
+        host = detect.read_host()
+    finally:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, before)
+    assert (host.ram_bytes, host.pinnable_bytes) == (free.ram_bytes, 0)
+    card = NvmlCard("NVIDIA GeForce RTX 3060", "GPU-0", 12 * GIB, 12 * GIB, (8, 6), 4, 16, 3584)
+    hardware = detect.detect("cuda", cards=(card,), host=replace(host, ram_bytes=128 * GIB), calibrated=False)
+    assert hardware.pinnable_bytes == 0
+    plan = make_plan(spec(DEV), work(DEV), hardware, Selection(), profile="auto", support=SUPPORTED)
+    assert plan.limits.pinnable_bytes == 0
+    assert all(stage.count(Placement.PINNED) == stage.cost.host_pinned_bytes == 0 for stage in plan.stages)
+    with pytest.raises(DoesNotFit, match="PINNABLE RAM") as caught:
+        make_plan(spec(DEV), work(DEV), hardware, Selection(placement="pinned"), profile="auto", support=SUPPORTED)
+    assert caught.value.available_bytes == 0
 
 
 # -------------------------------------------------------------------------------------------------------- overruns

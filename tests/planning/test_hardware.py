@@ -274,6 +274,8 @@ def test_ram_is_bounded_by_the_tightest_cgroup(monkeypatch: pytest.MonkeyPatch) 
         (6 * GIB, False, 6 * GIB),  # set on purpose
         (6 * GIB, True, 16 * GIB),
         (20 * GIB, False, 16 * GIB),
+        (0, False, 0),  # nobody's default
+        (0, True, 0),
     ],
 )
 def test_pinnable_ram(limit_bytes: int | None, root: bool, pinnable_bytes: int) -> None:

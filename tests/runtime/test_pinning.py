@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -81,3 +87,63 @@ def test_no_more_is_pinned_than_may_be(placement: Placement, tiny_klein: Path) -
     assert stream(folder, placement, none, Pinning(0, 25e9, 10e9), told) == 0
     assert none.asked == 0
     assert told == []  # the plan knows it
+
+
+# ------------------------------------------------------------------------------------------------- RLIMIT_MEMLOCK
+
+IPC_LOCK = 14
+"""CAP_IPC_LOCK (linux/capability.h): who has it passes over the limit."""
+
+
+class _Header(ctypes.Structure):
+    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
+
+
+@contextmanager
+def memlock(limit_bytes: int) -> Iterator[None]:
+    """At most this limit for this process, and for this thread no right to pass over it."""
+    libc, header = ctypes.CDLL(None, use_errno=True), _Header(0x20080522, 0)
+    held = (ctypes.c_uint32 * 6)()  # two of effective, permitted, inheritable
+    assert libc.capget(ctypes.byref(header), held) == 0
+    effective, before = held[0], resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    hard = before[1] if before[1] != resource.RLIM_INFINITY else limit_bytes
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (min(limit_bytes, hard), before[1]))
+    try:
+        held[0] = effective & ~(1 << IPC_LOCK)
+        assert libc.capset(ctypes.byref(header), held) == 0
+        yield
+    finally:
+        held[0] = effective
+        assert libc.capset(ctypes.byref(header), held) == 0
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, before)
+
+
+class Locking(Card):
+    """Pins by mlock(2), which the kernel counts against the limit."""
+
+    def pin(self, span: torch.Tensor) -> str | None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        failed = libc.mlock(ctypes.c_void_p(span.data_ptr()), ctypes.c_size_t(span.numel()))
+        self.refusal = os.strerror(ctypes.get_errno()) if failed else None
+        return super().pin(span)
+
+    def unpin(self, span: torch.Tensor) -> None:
+        assert ctypes.CDLL(None).munlock(ctypes.c_void_p(span.data_ptr()), ctypes.c_size_t(span.numel())) == 0
+        super().unpin(span)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits and capabilities as Linux has them")
+def test_what_the_kernel_refuses_is_told_once_in_a_run_and_every_stage_goes_on(tiny_klein: Path) -> None:
+    """A plan of another machine's profile may pin; this process may not. Both stages share what the run was told."""
+    folder = tiny_klein / "transformer"
+    told: list[str] = []
+    plenty = Pinning(PLENTY, 25e9, 10e9)
+    with memlock(PLENTY):
+        assert stream(folder, Placement.PINNED, Locking(), plenty, told) > 0
+    assert told == []
+    with memlock(0):
+        for placement in (Placement.PINNED, Placement.DISK):
+            assert stream(folder, placement, Locking(), plenty, told) == 0
+    (line,) = told
+    assert "Operation not permitted" in line or "Cannot allocate memory" in line
+    assert "ulimit -l" in line
