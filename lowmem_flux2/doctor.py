@@ -21,8 +21,7 @@ from lowmem_flux2.version import __version__
 
 REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub")
 OPTIONAL = {
-    "bitsandbytes": "nf4 and int8 weights, in a later version: pip install 'lowmem-flux2[cuda]'",
-    "optimum-quanto": "int8 and int4 weights, in a later version: pip install 'lowmem-flux2[quanto]'",
+    "bitsandbytes": "nf4 weights: pip install 'lowmem-flux2[cuda]'",
     "matplotlib": "the bench plot: pip install 'lowmem-flux2[bench]'",
 }
 

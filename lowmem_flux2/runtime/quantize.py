@@ -2,9 +2,12 @@
 
 The stored tensors are plain buffers, so layouts, streaming and the prepared store treat a quantized block like any
 other. Only this file knows a quantization library. int8 and int4 are optimum-quanto's qint8 (per row) and qint4 (in
-groups of 128), equal in every value, but in torch alone: its last release is of 2025-03, and its tensor subclasses
-cannot be bound to a slot. int6 is int4's scheme with 64 levels. nf4 is bitsandbytes'. w8a8 is stored as int8 and
-multiplies integers (`int8_matmul`, which says why torchao does not).
+groups of 128), equal in every value, but in torch alone. int6 is int4's scheme with 64 levels. nf4 is bitsandbytes'.
+w8a8 is stored as int8 and multiplies integers (`int8_matmul`, which says why torchao does not).
+
+Why not optimum-quanto itself: 0.2.7, its last release, is of 2025-03. With torch 2.13 and transformers 5.24 it still
+quantizes right (2026-11-25), but its tensor subclasses cannot be bound to a slot, qint4 compiles a C++ extension at its
+first use, it calls torch.jit.script_method, which torch has deprecated, and diffusers has deprecated QuantoConfig.
 """
 
 from __future__ import annotations
