@@ -117,7 +117,12 @@ def _steady_round(stage: StagePlan, work: StageWork, hardware: Hardware) -> tupl
     spans: list[Span] = []
     rounds = min(work.rounds, ROUNDS_SIMULATED + 1)
     line = simulate(
-        passages(stage, work.block_bytes, hardware), work.compute_ns, work.between_ns, stage.slots, rounds, spans
+        passages(stage, work.block_bytes, hardware, work.file_ratio),
+        work.compute_ns,
+        work.between_ns,
+        stage.slots,
+        rounds,
+        spans,
     )
     drawn = max(rounds - 1, 1)
     return spans, line.total_ns(drawn - 1), line.total_ns(drawn)

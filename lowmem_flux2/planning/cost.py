@@ -22,6 +22,14 @@ from lowmem_flux2.planning.activations import (
 from lowmem_flux2.planning.adapters import kept_bytes
 from lowmem_flux2.planning.batches import batch_sizes, batches_a_pass
 from lowmem_flux2.planning.fidelity import fidelity_of
+from lowmem_flux2.planning.file_bytes import (
+    block_file_bytes,
+    disk_bytes,
+    file_ratio,
+    text_file_bytes,
+    transformer_file_bytes,
+    vae_file_bytes,
+)
 from lowmem_flux2.planning.flops import (
     CHUNK_OVERHEADS,
     DECODER_OVERHEADS,
@@ -38,7 +46,7 @@ from lowmem_flux2.planning.flops import (
 from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
-from lowmem_flux2.planning.passages import Tiers, passages, tiers_of
+from lowmem_flux2.planning.passages import FileRatio, Tiers, in_file, passages, tiers_of
 from lowmem_flux2.planning.plan import ONE_BY_ONE, Placement, StagePlan
 from lowmem_flux2.planning.stage_cost import StageCost
 from lowmem_flux2.planning.step_caches import steps_taken
@@ -90,6 +98,9 @@ class StageWork:
             joined results come to lie there.
         host_bytes: tensors that the stage is given in RAM.
         result_bytes: tensors that it makes there beside the arenas.
+        block_file_bytes: of each block in its file: the prepared store's, or the checkpoint's in its own dtype.
+        file_ratio: these beside ``block_bytes``, paddings apart.
+        other_file_bytes: all that is read beside blocks, from the checkpoint.
     """
 
     block_bytes: tuple[int, ...]
@@ -105,6 +116,9 @@ class StageWork:
     passing_bytes: int = 0
     host_bytes: int = 0
     result_bytes: int = 0
+    block_file_bytes: tuple[int, ...] = ()
+    file_ratio: FileRatio = (1, 1)
+    other_file_bytes: int = 0
 
 
 def stage_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardware: Hardware) -> StageWork:
@@ -175,6 +189,9 @@ def _denoise_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwa
         passing_bytes=fmt.plain_bytes(largest_embedder, dtype_bytes),
         host_bytes=workload.num_images * text_input + noise + references,
         result_bytes=2 * noise,  # each batch's, and all joined
+        block_file_bytes=block_file_bytes(stage, model, dims.blocks),
+        file_ratio=file_ratio(stage, model),
+        other_file_bytes=transformer_file_bytes(model),
     )
 
 
@@ -208,6 +225,9 @@ def _encode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
         ),
         passing_bytes=(sum(sizes) + workload.guidance_passes * workload.num_prompts) * embedding,  # no block left
         result_bytes=round((sum(sizes) + beside) * embedding),
+        block_file_bytes=block_file_bytes(stage, model, dims.blocks),
+        file_ratio=file_ratio(stage, model),
+        other_file_bytes=text_file_bytes(model, sum(sizes) * length),
     )
 
 
@@ -229,6 +249,7 @@ def _reference_work(stage: StagePlan, model: ModelSpec, workload: Workload, hard
         kept_bytes=fmt.plain_bytes(vae.encoder_weights, dtype_bytes),
         activation_bytes=reference_activation_bytes(vae, workload.references, stage.tile_px, dtype_bytes),
         result_bytes=reference_host_bytes(vae, workload, dtype_bytes, hardware.device == "cpu"),
+        other_file_bytes=vae_file_bytes(model, vae.encoder_weights),
     )
 
 
@@ -252,6 +273,7 @@ def _decode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
         kept_bytes=fmt.plain_bytes(vae.decoder_weights, dtype_bytes),
         activation_bytes=activations,
         result_bytes=host,
+        other_file_bytes=vae_file_bytes(model, vae.decoder_weights),
     )
 
 
@@ -288,8 +310,8 @@ def host_bytes(work: StageWork, tiers: Tiers, on_host: bool) -> int:
 
 
 def loaded_bytes(work: StageWork, tiers: Tiers) -> int:
-    """What is read before the first block is computed."""
-    return tiers.gpu + work.kept_bytes + work.once_bytes + tiers.pinned + tiers.pageable
+    """What is read before the first block is computed, paddings included."""
+    return in_file(tiers.gpu + tiers.pinned + tiers.pageable, work.file_ratio) + work.other_file_bytes
 
 
 def load_ns(work: StageWork, tiers: Tiers, hardware: Hardware) -> int:
@@ -307,7 +329,7 @@ def load_ns(work: StageWork, tiers: Tiers, hardware: Hardware) -> int:
 
 def stage_timeline(stage: StagePlan, work: StageWork, hardware: Hardware) -> Timeline:
     """The rounds of a stage, as its placements and slots have them."""
-    ways = passages(stage, work.block_bytes, hardware)
+    ways = passages(stage, work.block_bytes, hardware, work.file_ratio)
     return simulate(ways, work.compute_ns, work.between_ns, stage.slots, min(work.rounds, ROUNDS_SIMULATED))
 
 
@@ -326,7 +348,7 @@ def stage_cost(stage: StagePlan, model: ModelSpec, workload: Workload, hardware:
     pinned_ring = tiers.ring if tiers.pinned + tiers.ring <= hardware.pinnable_bytes else 0
     compute = work.first_ns + work.rounds * (sum(work.compute_ns) + work.between_ns)
     from_disk = [placement is Placement.DISK for placement in stage.block_placements]
-    ways = passages(stage, work.block_bytes, hardware)
+    ways = passages(stage, work.block_bytes, hardware, work.file_ratio)
     reads = sum(way.copy_ns if on_host else way.read_ns for way, disk in zip(ways, from_disk, strict=True) if disk)
     copies = sum(way.copy_ns for way, disk in zip(ways, from_disk, strict=True) if not (disk and on_host))
     return StageCost(
@@ -339,7 +361,7 @@ def stage_cost(stage: StagePlan, model: ModelSpec, workload: Workload, hardware:
         host_bytes=host_bytes(work, tiers, on_host) + tiers.ring - pinned_ring,
         host_pageable_bytes=tiers.pageable,
         process_bytes=work.process_bytes,
-        disk_bytes=loaded_bytes(work, tiers) + work.rounds * tiers.disk,
+        disk_bytes=disk_bytes(stage, work.block_file_bytes, work.other_file_bytes, work.rounds),
         h2d_bytes=0
         if on_host
         else tiers.gpu + work.kept_bytes + work.rounds * (tiers.pinned + tiers.pageable + tiers.disk),

@@ -298,6 +298,7 @@ class ModelSpec:
         is_distilled: klein in few steps, without guidance.
         source: alias, folder or hub id, for messages.
         stored_dtype: what the transformer's checkpoint stores.
+        text_stored_dtype, vae_stored_dtype: what the others' store; None where only the transformer's is known.
     """
 
     name: str
@@ -309,6 +310,13 @@ class ModelSpec:
     text_encoder: TextEncoderSpec
     vae: VaeSpec
     defaults: ModelDefaults
+    text_stored_dtype: StoredDtype | None = None
+    vae_stored_dtype: StoredDtype | None = None
+
+    def stored_dtype_of(self, component: str) -> StoredDtype:
+        """What the component's files store; the transformer's where that is not known."""
+        others = {"text_encoder": self.text_stored_dtype, "vae": self.vae_stored_dtype}
+        return others.get(component) or self.stored_dtype
 
     @property
     def size_multiple(self) -> int:

@@ -25,6 +25,15 @@ class Tiers(NamedTuple):
     ring: int
 
 
+FileRatio = tuple[int, int]
+"""Bytes of a weight in its file, and at rest in memory: (4, 2) where an fp32 checkpoint is read as bf16."""
+
+
+def in_file(span_bytes: int, ratio: FileRatio) -> int:
+    """What is read to fill so many bytes of spans, their padding counted as if it were read."""
+    return span_bytes * ratio[0] // ratio[1]
+
+
 def tiers_of(stage: StagePlan, sizes: Sequence[int], on_host: bool) -> Tiers:
     at = dict.fromkeys(Placement, 0)
     resident = streamed = 0
@@ -47,7 +56,7 @@ def tiers_of(stage: StagePlan, sizes: Sequence[int], on_host: bool) -> Tiers:
     )
 
 
-def passage(placement: Placement, block_bytes: int, hardware: Hardware) -> Passage:
+def passage(placement: Placement, block_bytes: int, hardware: Hardware, file_ratio: FileRatio = (1, 1)) -> Passage:
     """How one block comes to the compute device from where it rests, and how long each part takes.
 
     On a GPU a disk block is read into the pinned ring and copied from there. On a CPU the worker thread brings every
@@ -55,7 +64,7 @@ def passage(placement: Placement, block_bytes: int, hardware: Hardware) -> Passa
     """
     if placement is Placement.GPU:
         return Passage(Way.RESIDENT, 0, 0)
-    read = nanoseconds(block_bytes, hardware.disk_read_bytes_per_s)
+    read = nanoseconds(in_file(block_bytes, file_ratio), hardware.disk_read_bytes_per_s)
     pageable = nanoseconds(block_bytes, hardware.h2d_pageable_bytes_per_s)
     if hardware.device == "cpu":
         return Passage(Way.PAGEABLE, 0, read if placement is Placement.DISK else pageable)
@@ -67,7 +76,9 @@ def passage(placement: Placement, block_bytes: int, hardware: Hardware) -> Passa
     return Passage(Way.DISK, read, copy)
 
 
-def passages(stage: StagePlan, sizes: Sequence[int], hardware: Hardware) -> list[Passage]:
+def passages(
+    stage: StagePlan, sizes: Sequence[int], hardware: Hardware, file_ratio: FileRatio = (1, 1)
+) -> list[Passage]:
     """One for each block, in the order of use."""
-    ways = {pair: passage(*pair, hardware) for pair in set(zip(stage.block_placements, sizes, strict=True))}
+    ways = {pair: passage(*pair, hardware, file_ratio) for pair in set(zip(stage.block_placements, sizes, strict=True))}
     return [ways[pair] for pair in zip(stage.block_placements, sizes, strict=True)]

@@ -16,8 +16,8 @@ three, torch 2.13 on an AMD EPYC (Zen 5), 2026-11-24; int6's by its
 ratio to int4's (0.81 to 0.86) on 2026-11-25, on a busy machine. Other processors differ."""
 SLOWEST_WEIGHTS_PER_S = min(WEIGHTS_PER_S.values())
 """Assumed of a format that nobody has measured."""
-CHECKSUM_BYTES_PER_S = 780e6
-"""blake2b, one thread of the same processor."""
+CHECKSUM_BYTES_PER_S = 4.2e9
+"""CRC-32 of zlib, one thread of an AMD EPYC virtual machine (`runtime.blockfile`)."""
 
 Prepared = Collection[tuple[Component, str, str]]
 """(component, format as stored, compute dtype) of what the store holds for a model."""
@@ -38,7 +38,7 @@ def preparations(
             continue
         blocks = model.transformer.blocks if stage.component == "transformer" else model.text_encoder.blocks
         weights = sum(block.total_weights for block in blocks)
-        read, written = DTYPE_BYTES[model.stored_dtype] * weights, sum(block_sizes(stage, model))
+        read, written = DTYPE_BYTES[model.stored_dtype_of(stage.component)] * weights, sum(block_sizes(stage, model))
         seconds = (read + written) / hardware.disk_read_bytes_per_s + written / CHECKSUM_BYTES_PER_S
         seconds += weights / WEIGHTS_PER_S.get(fmt.stored_as, SLOWEST_WEIGHTS_PER_S)
         missing.append(Preparation(stage.component, fmt.stored_as, read, written, seconds))

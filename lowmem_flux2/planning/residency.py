@@ -97,7 +97,9 @@ class TieredBlocks:
         self.largest_resident = [0, *accumulate(self.sizes, max)]
         self.largest_streamed = [0, *accumulate(reversed(self.sizes), max)][::-1]
         ways = {
-            (placement, size): passage(placement, size, hardware) for size in set(self.sizes) for placement in Placement
+            (placement, size): passage(placement, size, hardware, work.file_ratio)
+            for size in set(self.sizes)
+            for placement in Placement
         }
         pinned, pageable, disk = (
             {size: ways[placement, size] for size in set(self.sizes)}

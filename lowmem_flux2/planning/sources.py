@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, get_args
 
 from lowmem_flux2.errors import CheckpointAccess, CheckpointBroken, CheckpointError, CheckpointMissing, UsageError
 from lowmem_flux2.planning.configs import CONFIG_FILES, OWN_CONFIG_FILE, read_configs, spec_from_configs
-from lowmem_flux2.planning.models import Component, ModelSpec, StoredDtype
+from lowmem_flux2.planning.models import Component, ModelSpec
 from lowmem_flux2.planning.weight_files import ComponentWeights, check_component
 
 SourceKind = Literal["embedded", "local", "hub"]
@@ -229,22 +229,34 @@ def _from_folder(folder: Path, name: str, kind: SourceKind, source: str) -> Mode
         raise CheckpointMissing(f"{source} is not a diffusers folder: it has no model_index.json{hint}")
     configs = read_configs(folder, source)
     # A folder without a single weight file is a model to plan for; one with some of them is a download gone wrong.
+<<<<<<< HEAD
     endings = ("*.safetensors*", "*.gguf")
     if not any(next((folder / part).glob(ending), None) for part in get_args(Component) for ending in endings):
         return ModelSource(name, kind, None, None, None, spec_from_configs(name, source, configs), folder)
     spec = spec_from_configs(name, source, configs, stored_dtype="bf16")  # until the weights tell
     spec = replace(spec, stored_dtype=check_folder(folder, spec, source))
+=======
+    if not any(next((folder / part).glob("*.safetensors*"), None) for part in get_args(Component)):
+        return ModelSource(name, kind, None, None, None, spec, folder)
+    spec = check_folder(folder, spec, source)
+>>>>>>> 4309d94 (Bytes read from files are exact: the store's, or the checkpoint's in its own dtype, by component; a benchmark and a test that jobs leave no memory behind; int8 beside LLM.int8)
     return ModelSource(name, kind, folder, None, None, spec, folder)
 
 
-def check_folder(folder: Path, spec: ModelSpec, source: str) -> StoredDtype:
-    """Check that a folder has all that a run of this model needs; its transformer's own dtype.
+def check_folder(folder: Path, spec: ModelSpec, source: str) -> ModelSpec:
+    """Check that a folder has all that a run of this model needs; the spec with the dtypes that its files store.
 
     Raises:
         CheckpointMissing, CheckpointBroken: names the file.
     """
     check_tokenizer(folder, source)
-    return check_weights(folder, spec)["transformer"].stored_dtype
+    found = check_weights(folder, spec)
+    return replace(
+        spec,
+        stored_dtype=found["transformer"].stored_dtype,
+        text_stored_dtype=found["text_encoder"].stored_dtype,
+        vae_stored_dtype=found["vae"].stored_dtype,
+    )
 
 
 def hub_configs(
@@ -290,8 +302,13 @@ def _from_hub(repo_id: str, cache_dir: Path | None, revision: str | None, offlin
 def _from_snapshot(snapshot: Path, name: str, repo_id: str, revision: str | None) -> ModelSource | None:
     """A cached snapshot as a source if it is complete; half a snapshot is no error: the runtime fetches the rest."""
     try:
+<<<<<<< HEAD
         spec = spec_from_configs(name, repo_id, read_configs(snapshot, repo_id), stored_dtype="bf16")
         spec = replace(spec, stored_dtype=check_folder(snapshot, spec, repo_id))
+=======
+        spec = spec_from_configs(name, repo_id, read_configs(snapshot, repo_id))
+        spec = check_folder(snapshot, spec, repo_id)
+>>>>>>> 4309d94 (Bytes read from files are exact: the store's, or the checkpoint's in its own dtype, by component; a benchmark and a test that jobs leave no memory behind; int8 beside LLM.int8)
     except CheckpointMissing:
         return None
     return ModelSource(name, "hub", snapshot, repo_id, revision, spec, snapshot)

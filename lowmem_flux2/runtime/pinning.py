@@ -10,8 +10,9 @@ from lowmem_flux2.units import format_bytes
 
 @dataclass(slots=True)
 class Pinning:
-    """What may be page-locked, and what copies are worth with and without it, as the plan has it. One for a run: all its
-    stages and attempts share it, so that a refusal is told once.
+    """What may be page-locked, and what copies are worth with and without it, as the plan has it.
+
+    One for a run: all its stages and attempts share it, so that a refusal is told once.
     """
 
     limit_bytes: int

@@ -142,6 +142,21 @@ def test_nf4_is_that_of_bitsandbytes(shape: tuple[int, int], dtype: str) -> None
         assert torch.equal(found, bnb.dequantize_4bit(packed, state))
 
 
+@pytest.mark.parametrize(("dtype", "apart"), [("fp32", 1e-5), ("fp16", 0.01), ("bf16", 0.08)])
+def test_int8_is_llm_int8_but_for_where_the_scale_is_kept(dtype: str, apart: float) -> None:
+    """Theirs is in fp32, ours in the compute dtype, which in bf16 costs a little."""
+    from bitsandbytes import functional as bnb
+
+    weight = gaussian(256, 512).to(DTYPES[dtype])
+    codes, absmax, _ = bnb.int8_vectorwise_quant(weight)
+    ours = STORED["int8"].quantize(weight, weight.dtype)["weight"]
+    assert int((ours.int() - codes.int()).abs().max()) <= 1
+    theirs = relative_error(codes.float() * absmax[:, None] / 127, weight)
+    assert relative_error(quantized("int8", weight, weight.dtype).dequantize(), weight) == pytest.approx(
+        theirs, rel=apart
+    )
+
+
 # --------------------------------------------------------------------------------------------------- in blocks
 
 

@@ -1,0 +1,61 @@
+"""What a stage reads from files, to the byte: from the prepared store, or from a checkpoint in its own dtype.
+
+Memory holds weights in the compute dtype or in a quantized format, each tensor aligned. A checkpoint's file holds them
+in its own dtype, without gaps: read as bf16, an fp32 checkpoint is twice as many bytes on the disk as in a slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS
+from lowmem_flux2.planning.models import BlockSpec, Component, ModelSpec
+from lowmem_flux2.planning.passages import FileRatio
+from lowmem_flux2.planning.plan import Placement, StagePlan
+
+COUNTER_BYTES = 8
+"""A batch norm's ``num_batches_tracked``, int64, which is read with its statistics."""
+
+
+def stored_bytes(model: ModelSpec, component: Component) -> int:
+    """Bytes of a weight in the component's files. Of files in several dtypes, in the one that holds most."""
+    return DTYPE_BYTES[model.stored_dtype_of(component)]
+
+
+def file_ratio(stage: StagePlan, model: ModelSpec) -> FileRatio:
+    """Of the stage's blocks. The prepared store holds what rests in memory, padding and all."""
+    if FORMATS[stage.weight_format].is_quantized:
+        return (1, 1)
+    return stored_bytes(model, stage.component), DTYPE_BYTES[stage.compute_dtype]
+
+
+def block_file_bytes(stage: StagePlan, model: ModelSpec, blocks: Sequence[BlockSpec]) -> tuple[int, ...]:
+    """Of each block's file in the store, or of its tensors in the checkpoint."""
+    fmt, dtype_bytes = FORMATS[stage.weight_format], DTYPE_BYTES[stage.compute_dtype]
+    if fmt.is_quantized:
+        return tuple(fmt.block_bytes(block, dtype_bytes) for block in blocks)
+    held = stored_bytes(model, stage.component)
+    return tuple(held * block.total_weights for block in blocks)
+
+
+def transformer_file_bytes(model: ModelSpec) -> int:
+    """Of all that is not in blocks."""
+    return stored_bytes(model, "transformer") * model.transformer.non_block_weights
+
+
+def text_file_bytes(model: ModelSpec, tokens: int) -> int:
+    """At most: of a row of the embedding for each token (one that comes again is not read again), and of the final norm
+    where its result is tapped."""
+    dims = model.text_encoder
+    return stored_bytes(model, "text_encoder") * dims.hidden_size * (tokens + dims.taps_last_layer)
+
+
+def vae_file_bytes(model: ModelSpec, weights: int) -> int:
+    """Of one half of the VAE with so many weights, and of the batch norm's mean, variance and counter."""
+    return stored_bytes(model, "vae") * (weights + 2 * model.vae.packed_channels) + COUNTER_BYTES
+
+
+def disk_bytes(stage: StagePlan, blocks: Sequence[int], others: int, rounds: int) -> int:
+    """Of the whole stage: blocks that rest in memory are read once, those on disk in each round."""
+    pairs = zip(stage.block_placements, blocks, strict=True)
+    return others + sum(size * (rounds if placement is Placement.DISK else 1) for placement, size in pairs)
