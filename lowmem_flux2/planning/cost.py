@@ -191,7 +191,7 @@ def _denoise_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwa
         result_bytes=2 * noise,  # each batch's, and all joined
         block_file_bytes=block_file_bytes(stage, model, dims.blocks),
         file_ratio=file_ratio(stage, model),
-        other_file_bytes=transformer_file_bytes(model),
+        other_file_bytes=transformer_file_bytes(model) + kept_bytes(workload.adapters, dtype_bytes),
     )
 
 

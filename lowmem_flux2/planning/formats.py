@@ -16,8 +16,8 @@ What is quantized: the weights of Linears in blocks, 97.6 % of dev's transformer
 int8 and int4 are optimum-quanto's qint8 and qint4, without that library: see `runtime.quantize`.
 
 No format for bitsandbytes' LLM.int8: what it stores is `int8` here, one absmax a row, kept in fp32 there and in the
-compute dtype here (tests compare: codes differ by at most one, errors by under 8 % in bf16, not at all in fp32). What it adds is a matmul that
-keeps outlier columns in 16 bits, and no such matmul is used here.
+compute dtype here (tests compare: codes differ by at most one, errors by under 8 % in bf16, not at all in fp32). What
+it adds is a matmul that keeps outlier columns in 16 bits, and no such matmul is used here.
 """
 
 from __future__ import annotations

@@ -97,12 +97,8 @@ def resolve_file(
         shipped = sources.ASSETS / "configs" / (known or _SHAPES[0])
         return ModelSource(name, "local", None, None, None, spec, shipped, single)
     folder = _assembled(file, configs, found["text_encoder"], found["vae"], cache_folder(cache))
-<<<<<<< HEAD
-    sources.check_folder(folder, spec, source)
+    spec = replace(sources.check_folder(folder, spec, source), stored_dtype=spec.stored_dtype)
     return ModelSource(name, "local", folder, None, None, spec, folder, single)
-=======
-    return ModelSource(name, "local", folder, None, None, sources.check_folder(folder, spec, source), folder, single)
->>>>>>> 4309d94 (Bytes read from files are exact: the store's, or the checkpoint's in its own dtype, by component; a benchmark and a test that jobs leave no memory behind; int8 beside LLM.int8)
 
 
 def transformer_config(file: Path, view: Mapping[str, StoredTensor]) -> dict[str, Any]:

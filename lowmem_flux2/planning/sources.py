@@ -229,17 +229,11 @@ def _from_folder(folder: Path, name: str, kind: SourceKind, source: str) -> Mode
         raise CheckpointMissing(f"{source} is not a diffusers folder: it has no model_index.json{hint}")
     configs = read_configs(folder, source)
     # A folder without a single weight file is a model to plan for; one with some of them is a download gone wrong.
-<<<<<<< HEAD
     endings = ("*.safetensors*", "*.gguf")
     if not any(next((folder / part).glob(ending), None) for part in get_args(Component) for ending in endings):
         return ModelSource(name, kind, None, None, None, spec_from_configs(name, source, configs), folder)
     spec = spec_from_configs(name, source, configs, stored_dtype="bf16")  # until the weights tell
-    spec = replace(spec, stored_dtype=check_folder(folder, spec, source))
-=======
-    if not any(next((folder / part).glob("*.safetensors*"), None) for part in get_args(Component)):
-        return ModelSource(name, kind, None, None, None, spec, folder)
     spec = check_folder(folder, spec, source)
->>>>>>> 4309d94 (Bytes read from files are exact: the store's, or the checkpoint's in its own dtype, by component; a benchmark and a test that jobs leave no memory behind; int8 beside LLM.int8)
     return ModelSource(name, kind, folder, None, None, spec, folder)
 
 
@@ -302,13 +296,8 @@ def _from_hub(repo_id: str, cache_dir: Path | None, revision: str | None, offlin
 def _from_snapshot(snapshot: Path, name: str, repo_id: str, revision: str | None) -> ModelSource | None:
     """A cached snapshot as a source if it is complete; half a snapshot is no error: the runtime fetches the rest."""
     try:
-<<<<<<< HEAD
         spec = spec_from_configs(name, repo_id, read_configs(snapshot, repo_id), stored_dtype="bf16")
-        spec = replace(spec, stored_dtype=check_folder(snapshot, spec, repo_id))
-=======
-        spec = spec_from_configs(name, repo_id, read_configs(snapshot, repo_id))
         spec = check_folder(snapshot, spec, repo_id)
->>>>>>> 4309d94 (Bytes read from files are exact: the store's, or the checkpoint's in its own dtype, by component; a benchmark and a test that jobs leave no memory behind; int8 beside LLM.int8)
     except CheckpointMissing:
         return None
     return ModelSource(name, "hub", snapshot, repo_id, revision, spec, snapshot)
