@@ -11,6 +11,7 @@ from machines import DEV, KLEIN_4B, KLEIN_9B, machine, plan_for, spec, work
 from lowmem_flux2.planning import cost
 from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.hardware import Hardware
+from lowmem_flux2.planning.passages import passage
 from lowmem_flux2.planning.plan import Placement, StagePlan
 from lowmem_flux2.planning.selection import Selection
 from lowmem_flux2.planning.timeline import Way
@@ -188,17 +189,17 @@ def test_a_disk_block_passes_the_disk_and_then_the_link() -> None:
             hardware.h2d_pageable_bytes_per_s,
         )
     )
-    assert cost.passage(Placement.GPU, 10**9, hardware) == (Way.RESIDENT, 0, 0)
-    assert cost.passage(Placement.PINNED, 10**9, hardware) == (Way.PINNED, 0, link)
-    assert cost.passage(Placement.PAGEABLE, 10**9, hardware) == (Way.PAGEABLE, 0, pageable)
-    assert cost.passage(Placement.DISK, 10**9, hardware) == (Way.DISK, disk, link)
+    assert passage(Placement.GPU, 10**9, hardware) == (Way.RESIDENT, 0, 0)
+    assert passage(Placement.PINNED, 10**9, hardware) == (Way.PINNED, 0, link)
+    assert passage(Placement.PAGEABLE, 10**9, hardware) == (Way.PAGEABLE, 0, pageable)
+    assert passage(Placement.DISK, 10**9, hardware) == (Way.DISK, disk, link)
 
 
 def test_on_a_cpu_the_worker_thread_reads_right_into_the_slot() -> None:
     hardware = machine("cpu")
     read = math.ceil(10**18 / hardware.disk_read_bytes_per_s)
-    assert cost.passage(Placement.DISK, 10**9, hardware) == (Way.PAGEABLE, 0, read)
-    assert cost.passage(Placement.GPU, 10**9, hardware).way is Way.RESIDENT
+    assert passage(Placement.DISK, 10**9, hardware) == (Way.PAGEABLE, 0, read)
+    assert passage(Placement.GPU, 10**9, hardware).way is Way.RESIDENT
 
 
 def test_weight_formats_carry_their_error_and_its_provenance() -> None:
