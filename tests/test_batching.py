@@ -368,9 +368,9 @@ def written(folder: Path) -> set[tuple[str, int]]:
 
 def test_killed_five_times_at_random_moments_it_ends_with_the_same_files(tmp_path: Path) -> None:
     """SIGKILL, to the command itself, after a random number of files that it replaced and a random moment more."""
-    sizes = [{}, {"width": 96, "height": 64}, {"height": 96}]
-    lines = [{"prompt": f"{PROMPTS[at % 3]} {at}", **sizes[at % 3]} for at in range(12)]
-    asked = ["generate", "-q", "--prompt-file", "p.jsonl", "--steps", "4", "-s", "3", "--batch-size", "1"]
+    sizes = [{}, {"width": 48, "height": 64}]
+    lines = [{"prompt": f"{PROMPTS[at % 3]} {at}", **sizes[at % 2]} for at in range(12)]
+    asked = ["generate", "-q", "--prompt-file", "p.jsonl", "--steps", "2", "-s", "3", "--batch-size", "1"]
     folders = [tmp_path / "whole", tmp_path / "killed"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, str(Path(__file__).with_name("forking.py"))]

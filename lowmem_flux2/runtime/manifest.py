@@ -211,13 +211,17 @@ def parts_of(path: Path) -> Path:
 
 
 def to_json(manifest: Manifest) -> dict[str, Any]:
-    raw = asdict(manifest)
-    planned: dict[str, Sequence[EncodeJob | Group]] = {"encodes": manifest.encodes, "groups": manifest.groups}
-    for name, jobs in planned.items():
-        for entry, job in zip(raw[name], jobs, strict=True):
-            entry["plan"] = job.plan.to_json()
-            entry["plan_digest"] = job.plan.digest
+    raw = asdict(replace(manifest, encodes=(), groups=()))
+    raw["encodes"] = [_job(job) | {"batches": job.batches} for job in manifest.encodes]
+    raw["groups"] = [
+        _job(group) | {"encode": group.encode, "images": group.images, "batches": group.batches}
+        for group in manifest.groups
+    ]
     return {"format": FORMAT, **raw}
+
+
+def _job(job: EncodeJob | Group) -> dict[str, Any]:
+    return {"request": asdict(job.request), "plan": job.plan.to_json(), "plan_digest": job.plan.digest}
 
 
 def write_manifest(manifest: Manifest, path: Path) -> None:

@@ -351,6 +351,26 @@ def test_a_batch_size_is_honoured_up_to_the_images_there_are(asked: int, planned
     assert plan.stage("denoise").batch_size == planned
 
 
+@pytest.mark.parametrize(("profile", "ram_gib"), [("rtx-3060-12gb", 24), ("rtx-4090-24gb", 64), ("rtx-2060-6gb", 16)])
+@pytest.mark.parametrize("name", [KLEIN_4B, DEV])
+def test_the_batch_size_is_that_of_the_best_predicted_throughput(name: str, profile: str, ram_gib: int) -> None:
+    """Of those that fit: no other one denoises the same images in less time."""
+
+    def denoise_s(batch_size: int) -> float:
+        selection = Selection(prefer="speed", batch_size=batch_size)
+        try:
+            made = plan_for(name, profile, ram_gib, px=512, prompts=6, selection=selection)
+        except DoesNotFit:
+            return float("inf")
+        assert batch_size == 0 or made.stage("denoise").batch_size == batch_size
+        return made.stage("denoise").cost.time_s
+
+    best = denoise_s(0)
+    assert best < float("inf")
+    for batch_size in (1, 2, 3, 6):
+        assert best <= denoise_s(batch_size) + 1e-5  # whole microseconds decide
+
+
 @pytest.mark.parametrize("cap_gib", [3, 4, 6, 9])
 def test_a_vram_cap_is_kept(cap_gib: int) -> None:
     plan = plan_for(KLEIN_4B, "rtx-4090-24gb", selection=Selection(max_vram_bytes=cap_gib * GIB))
