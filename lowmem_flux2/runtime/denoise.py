@@ -7,7 +7,7 @@ weights are there, so true guidance costs no second transfer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -70,7 +70,8 @@ class Progress:
     """How far denoising has come: packed latents of finished batches, and of the batch under way after ``step`` steps.
 
     Kept by the caller, so that another Denoiser goes on where one ran out of memory. What the step cache keeps of the
-    batch under way is in ``reuse``; ``skipped`` are the steps of each finished batch that it stood for.
+    batch under way is in ``reuse``, or as it was read from a file still in ``saved``; ``skipped`` are the steps of each
+    finished batch that it stood for.
     """
 
     finished: list[torch.Tensor] = field(default_factory=list)
@@ -78,6 +79,7 @@ class Progress:
     step: int = 0
     reuse: Reuse | None = None
     skipped: list[tuple[int, ...]] = field(default_factory=list)
+    saved: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Denoiser:
@@ -285,10 +287,14 @@ class Denoiser:
         self._interrupt = False
         latents = progress.latents
         if latents is None:
-            latents = Flux2Pipeline._pack_latents(noise.to(self._device))
+            latents = Flux2Pipeline._pack_latents(noise)
+        latents = latents.to(self._device)  # those of an interrupted run come from its file
         own = latents.shape[1]
-        kept = progress.reuse or reuse(parse_step_cache(self._stage.step_cache), len(steps), own)
-        progress.reuse = kept
+        kept = progress.reuse
+        if kept is None:
+            kept = progress.reuse = reuse(parse_step_cache(self._stage.step_cache), len(steps), own)
+            kept.restore({name: tensor.to(self._device) for name, tensor in progress.saved.items()})
+            progress.saved = {}
         streamer = self._streamer
         assert streamer is not None
         passes = [self._forward.start(text, image_ids) for text in texts]

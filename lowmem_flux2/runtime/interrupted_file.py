@@ -7,7 +7,8 @@ step, with which sigmas, by which weights, and all that the pictures will say of
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,6 +35,7 @@ from lowmem_flux2.runtime.references import References
 from lowmem_flux2.runtime.store import entry_of
 
 FORMAT = "lowmem-flux2 interrupted 1"
+KEPT = "kept."
 SUFFIX = ".interrupted.safetensors"
 
 
@@ -48,6 +50,7 @@ class InterruptedRun:
         under_way: the same of the batch under way after ``step`` steps; None where the next has not begun.
         sigmas: the caller's schedule; None for the pipeline's own.
         weights: which transformer it was; see ``weights_of``.
+        kept: what the step cache held of the batch under way, by the names of ``step_cache.Reuse.tensors``.
         reference_latents, reference_ids: of ``References``, where there are any; the ids in fp32, which holds them.
     """
 
@@ -62,6 +65,7 @@ class InterruptedRun:
     origin: Origin
     reference_latents: torch.Tensor | None = None
     reference_ids: torch.Tensor | None = None
+    kept: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def inputs(self) -> Inputs:
@@ -76,13 +80,14 @@ class InterruptedRun:
             prompt_embeds=self.prompt_embeds,
             negative_prompt_embeds=self.negative_prompt_embeds,
             sigmas=self.sigmas,
-            progress=Progress(done, self.under_way, self.step),
+            progress=Progress(done, self.under_way, self.step, saved=self.kept),
             encoded_references=references,
         )
 
     def save(self, path: Path) -> Path:
         """Write the file whole, never over another; returns the name that was free."""
         given = {name: getattr(self, name) for name in _TENSORS}
+        given |= {f"{KEPT}{name}": tensor for name, tensor in self.kept.items()}
         tensors = {name: tensor.contiguous() for name, tensor in given.items() if tensor is not None}
         progress = json.dumps({"step": self.step, "sigmas": self.sigmas, "weights": self.weights})
 
@@ -119,24 +124,22 @@ def interrupted_run(
     done: UnderWay,
     sigmas: tuple[float, ...] | None,
 ) -> InterruptedRun:
-    """What to keep of a run whose plan was being carried out.
-
-    With a step cache the batch under way begins again: what its next steps would be made of is more than its latents.
-    """
+    """What to keep of a run whose plan was being carried out."""
     progress, repeats = done.progress, request.num_images_per_prompt
-    keeps_steps = plan.stage("denoise").step_cache == "off"
+    held = progress.saved if progress.reuse is None else progress.reuse.tensors()
     return InterruptedRun(
         noise=done.noise,
         prompt_embeds=done.embeds[::repeats],
         negative_prompt_embeds=None if done.negative is None else done.negative[::repeats],
         finished=torch.cat(progress.finished) if progress.finished else None,
-        under_way=progress.latents.to("cpu") if progress.latents is not None and keeps_steps else None,
-        step=progress.step if keeps_steps else 0,
+        under_way=None if progress.latents is None else progress.latents.to("cpu"),
+        step=progress.step,
         sigmas=sigmas,
         weights=weights_of(source, plan),
         origin=origin_of(source, request, plan, images),
         reference_latents=None if done.references is None else done.references.latents,
         reference_ids=None if done.references is None else done.references.ids.to(torch.float32),
+        kept={name: tensor.to("cpu") for name, tensor in held.items()},
     )
 
 
@@ -165,6 +168,7 @@ def read_saved(path: Path) -> SavedLatents | InterruptedRun:
             origin,
             tensors.get("reference_latents"),
             tensors.get("reference_ids"),
+            {name.removeprefix(KEPT): tensor for name, tensor in tensors.items() if name.startswith(KEPT)},
         )
     except (ValueError, KeyError, TypeError, UsageError) as error:
         raise CheckpointBroken(f"{path} is not an interrupted run that this version wrote: {error}") from error

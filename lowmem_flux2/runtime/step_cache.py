@@ -8,7 +8,7 @@ brought for all of them at once: the image and pass that changed most decides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -36,6 +36,14 @@ class Reuse(Protocol):
         """The latents were changed from outside: what was kept may not be near them any more."""
         ...
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that it holds between two steps, for a file."""
+        ...
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take up, in a fresh one, what ``tensors`` of another gave."""
+        ...
+
 
 def reuse(cache: StepCache | None, steps: int, image_tokens: int) -> Reuse:
     """A fresh one for one batch of ``image_tokens`` tokens an image, references apart."""
@@ -58,6 +66,13 @@ class History:
 
     def clear(self) -> None:
         self._values.clear()
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        return {f"{name}.{step}": value for step, value in self._values}
+
+    def restore(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        found = [(int(key.rpartition(".")[2]), tensors[key]) for key in tensors if key.rpartition(".")[0] == name]
+        self._values = sorted(found, key=lambda pair: -pair[0])
 
     def make_room(self, step: int) -> None:
         """Drop what will not be needed once this step's value is there, and that of an earlier attempt at it."""
@@ -92,6 +107,12 @@ class _NoReuse:
     def forget(self) -> None:
         return
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        return
+
 
 class _TaylorReuse:
     """Keeps the velocity, guidance passes joined: that is linear, so it is the same as joining their forecasts."""
@@ -114,6 +135,13 @@ class _TaylorReuse:
     def forget(self) -> None:
         self._history.clear()
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {**self._history.tensors("velocity"), **_steps_tensor(self.skipped)}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._history.restore("velocity", tensors)
+        self.skipped.update(_steps_of(tensors))
+
 
 class _FirstBlockReuse:
     def __init__(self, cache: FirstBlock, steps: int, image_tokens: int) -> None:
@@ -126,6 +154,21 @@ class _FirstBlockReuse:
 
     def forget(self) -> None:
         """Nothing is to be done: the first block sees the change."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {**self._residuals.tensors(), **_steps_tensor(self.skipped)}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._residuals.restore(tensors)
+        self.skipped.update(_steps_of(tensors))
+
+
+def _steps_tensor(skipped: set[int]) -> dict[str, torch.Tensor]:
+    return {"skipped": torch.tensor(sorted(skipped), dtype=torch.float32)} if skipped else {}
+
+
+def _steps_of(tensors: Mapping[str, torch.Tensor]) -> list[int]:
+    return [int(step) for step in tensors["skipped"].tolist()] if "skipped" in tensors else []
 
 
 class Residuals:
@@ -144,6 +187,20 @@ class Residuals:
         self._between: list[torch.Tensor] = []
         self._others: list[History] = []
         self.skipped: set[int] = set()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What it holds between two steps."""
+        held = {f"first.{number}": value for number, value in enumerate(self._first)}
+        for number, history in enumerate(self._others):
+            held |= history.tensors(f"others.{number}")
+        return held
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        passes = sum(name.startswith("first.") for name in tensors)
+        self._first = [tensors[f"first.{number}"] for number in range(passes)]
+        self._others = [History(self._cache.order) for _ in range(passes)]
+        for number, history in enumerate(self._others):
+            history.restore(f"others.{number}", tensors)
 
     def begin(self, step: int) -> None:
         self._step = step

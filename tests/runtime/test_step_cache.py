@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem_flux2 import Engine, Generation
-from lowmem_flux2.errors import NonFiniteLatents
+from lowmem_flux2.errors import Interrupted, NonFiniteLatents
 from lowmem_flux2.planning.plan import Placement
 from lowmem_flux2.planning.step_caches import FirstBlock, Taylor
 from lowmem_flux2.report import StageMeasure
 from lowmem_flux2.runtime.forward import Forward
+from lowmem_flux2.runtime.interruption import Interruption
 from lowmem_flux2.runtime.step_cache import History, Residuals
 from lowmem_flux2.runtime.streaming import BlockStreamer
 
@@ -39,7 +40,7 @@ SIGMAS = [0.9, 0.89, 0.88, 0.87, 0.6, 0.59, 0.58, 0.1]
 
 
 def run(
-    folder: Path, step_cache: str, *, placements: Sequence[Placement] = (), batch_size: int = 2, callback: Any = None
+    folder: Path, step_cache: str, *, placements: Sequence[Placement] = (), batch_size: int = 2, **hooks: Any
 ) -> Generation:
     options: dict[str, Any] = {"dtype": "fp32", "placement": "resident", "batch_size": batch_size}
     with Engine(str(folder), step_cache=step_cache, **options) as engine:
@@ -47,8 +48,8 @@ def run(
         if placements:
             denoise = replace(plan.stage("denoise"), block_placements=tuple(placements), slots=2, prefetch_depth=1)
             plan = replace(plan, stages=(plan.stage("encode"), denoise, plan.stage("decode")))
-        hooks = {"callback_on_step_end": callback, "sigmas": SIGMAS}
-        return engine.generate(PROMPTS, plan=plan, seed=5, output_type="pt", **SIZE, **hooks)
+        asked = {**SIZE, **hooks, "sigmas": SIGMAS, "seed": 5, "output_type": "pt"}
+        return engine.generate(PROMPTS, plan=plan, **asked)
 
 
 def measured(result: Generation) -> StageMeasure:
@@ -138,6 +139,26 @@ def test_out_of_memory_in_the_middle_goes_on_with_what_was_kept(
 
 
 @pytest.mark.parametrize("step_cache", CACHES)
+def test_an_interrupted_run_goes_on_with_what_was_kept(
+    step_cache: str, tiny_klein: Path, tmp_path: Path, unbroken: dict[str, Generation]
+) -> None:
+    for stop in (2, 3, 5):
+        interruption = Interruption()
+
+        def ask(_: object, step: int, *__: object, stop: int = stop, asked: Interruption = interruption) -> None:
+            if step + 1 == stop:
+                asked.ask()
+
+        with pytest.raises(Interrupted) as stopped:
+            run(tiny_klein, step_cache, callback_on_step_end=ask, interruption=interruption)
+        file = stopped.value.run.save(tmp_path / f"{stop}.safetensors")
+        with Engine(str(tiny_klein)) as engine:
+            again = engine.generate(from_latents=file, output_type="pt")
+        assert torch.equal(again.images, unbroken[step_cache].images)
+        assert measured(again).skipped_steps == measured(unbroken[step_cache]).skipped_steps
+
+
+@pytest.mark.parametrize("step_cache", CACHES)
 def test_the_same_batches_make_the_same_pictures(
     step_cache: str, tiny_klein: Path, unbroken: dict[str, Generation]
 ) -> None:
@@ -157,7 +178,7 @@ def test_a_step_after_changed_latents_is_computed(in_place: bool, tiny_klein: Pa
             return {}
         return {"latents": 1.01 * kept["latents"]}
 
-    assert measured(run(tiny_klein, TAYLOR, callback=callback)).skipped_steps == ((2, 3, 6),)
+    assert measured(run(tiny_klein, TAYLOR, callback_on_step_end=callback)).skipped_steps == ((2, 3, 6),)
 
 
 def test_a_forecast_that_is_not_finite_is_named(tiny_klein: Path, monkeypatch: pytest.MonkeyPatch) -> None:
