@@ -67,6 +67,9 @@ RING_COPY = "            self._copy(slot.staging[:size_bytes], slot)\n"
 SHUTDOWN = "        self._worker.shutdown(wait=True, cancel_futures=True)\n"
 SYNCHRONIZE = "            self._transport.synchronize()  # copies under way write to slots and read from arenas\n"
 AFTER_USE = "            self._release()\n            self._prefetch()\n"
+ROUND_DONE = "        self._at = None\n        self._rounds_left = max(0, self._rounds_left - 1)\n"
+ROUND_LEFT_OUT = "        self._round += 1\n        self._rounds_left = max(0, self._rounds_left - 1)\n"
+RELEASE = "        if not self._is_cut:\n            self._release()\n"
 DISCARD = (
     "                    use.brought.exception()  # wait: its copy would land in the slot after that of a new use\n"
 )
@@ -135,8 +138,8 @@ MUTATIONS = (
     # Indices.
     streaming(
         "a slot is used one block early",
-        "len(self._uses) < len(self._slots)",
-        "len(self._uses) <= len(self._slots)",
+        "len(self._uses) < free",
+        "len(self._uses) <= free",
     ),
     streaming("one slot stays empty", "len(self._uses) <", "len(self._uses) + 1 <"),
     streaming("two blocks in turn go to one slot", "self._slots[self._issued % ", "self._slots[self._issued // 2 % "),
@@ -160,7 +163,11 @@ MUTATIONS = (
         "prefetch goes one round beyond the announced ones", "max(1, self._rounds_left)", "(1 + self._rounds_left)"
     ),
     streaming("no round after the announced ones", "max(1, self._rounds_left)", "self._rounds_left"),
-    streaming("finished rounds are not counted", "max(0, self._rounds_left - 1)", "self._rounds_left"),
+    streaming("finished rounds are not counted", ROUND_DONE, "        self._at = None\n"),
+    streaming("rounds that are left out are not counted", ROUND_LEFT_OUT, "        self._round += 1\n"),
+    streaming("a kept block's slot counts as free", "self._slots) - (self._held is not None)", "self._slots)"),
+    streaming("a kept block counts as taken", "len(self._uses) - (self._held is not None)", "len(self._uses)"),
+    streaming("a kept block is given up", "self._is_cut = self._is_cut or self._at == 0", "self._is_cut = False"),
     streaming("the limit counts from what was sent for", "self._limit = taken +", "self._limit = self._issued +"),
     streaming(
         "the next block is sent for before the slot is free",
@@ -210,13 +217,13 @@ MUTATIONS = (
     streaming("the new round does not begin here", "self._origin = taken = self._issued", "taken = self._issued"),
     streaming(
         "the block in use is forgotten",
-        "        self._round += 1\n        self._release()\n",
-        "        self._round += 1\n        self._held = None\n",
+        RELEASE,
+        RELEASE.replace("self._release()", "self._held = None"),
     ),
     streaming(
         "the block in use stays in use",
-        "        self._round += 1\n        self._release()\n",
-        "        self._round += 1\n",
+        RELEASE,
+        "",
     ),
     streaming("an old iterator goes on", "if self._is_closed or number != self._round:", "if self._is_closed:"),
     streaming(
@@ -224,8 +231,8 @@ MUTATIONS = (
     ),
     streaming(
         "a closed streamer begins a round",
-        '        if self._is_closed:\n            raise ValueError("the streamer is closed")\n',
-        "",
+        '            raise ValueError("the streamer is closed")\n        self._round += 1\n',
+        "            pass\n        self._round += 1\n",
     ),
     # Giving back.
     streaming("close does not wait for the worker", "shutdown(wait=True,", "shutdown(wait=False,"),
