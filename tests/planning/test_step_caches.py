@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from machines import KLEIN_4B, KLEIN_BASE, SUPPORTED, machine, spec, work
 
 from lowmem_flux2.errors import UsageError
+from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.plan import Plan, StagePlan
 from lowmem_flux2.planning.planner import Selection, make_plan
 from lowmem_flux2.planning.step_caches import (
@@ -164,7 +165,7 @@ def test_fidelity_is_priced() -> None:
     between, provenance = fidelity_of_cache(Taylor(interval=3, order=0), 20)
     assert between >= errors[1] and "not measured" in provenance
     stage = denoise(KLEIN_BASE, weight_format="int8", step_cache="fair")
-    assert stage.cost.fidelity_error == pytest.approx((errors[1] ** 2 + 0.008**2) ** 0.5)
+    assert stage.cost.fidelity_error == pytest.approx((errors[1] ** 2 + FORMATS["int8"].weight_error ** 2) ** 0.5)
     assert "step cache" in stage.cost.fidelity_provenance
 
 
