@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -298,7 +299,10 @@ def test_references_are_planned_carried_out_and_recorded(run: Run) -> None:
     assert [reference["name"] for reference in report["references"]] == ["a.png", "b.jpg"]
     picture = Image.open("out_3.png")
     assert picture.size == (64, 80)
-    assert picture.text["references"] == "a.png 64x80, b.jpg 128x64"
+    first, second = report["references"]
+    said = f"a.png 64x80 sha256:{first['digest']}, b.jpg 128x64 sha256:{second['digest']}"
+    assert picture.text["references"] == said
+    assert first["digest"] == hashlib.sha256(Path("a.png").read_bytes()).hexdigest()[:12]
 
 
 def test_generate_never_overwrites_and_repeats_bit_for_bit(run: Run) -> None:

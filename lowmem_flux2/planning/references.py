@@ -7,9 +7,10 @@ smaller one is only cropped, never enlarged.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
 
@@ -35,15 +36,18 @@ class Reference:
         name: its file, or what to call it.
         width, height: pixels, multiples of a latent patch.
         bound_px: side of the square whose area it was reduced to, if it was larger.
+        digest: first 12 hex digits of the SHA-256 of its file, or, in Python, of its pixels as they are encoded; ""
+            where only the size is known.
     """
 
     name: str
     width: int
     height: int
     bound_px: int = STOCK_BOUND_PX
+    digest: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name} {self.width}x{self.height}"
+        return f"{self.name} {self.width}x{self.height}{f' sha256:{self.digest}' if self.digest else ''}"
 
 
 def fitted(width: int, height: int, bound_px: int = STOCK_BOUND_PX) -> tuple[int, int]:
@@ -79,6 +83,22 @@ def reference_of(name: str, width: int, height: int, multiple: int, bound_px: in
     if not LEAST_BOUND_PX <= bound_px <= MOST_BOUND_PX:
         raise UsageError(f"the image size must be {LEAST_BOUND_PX} to {MOST_BOUND_PX} px, not {bound_px}")
     return Reference(name, *reduced(width, height, multiple, bound_px), bound_px)
+
+
+def digest_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def file_digest(path: Path) -> str:
+    """``Reference.digest`` of a file.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        return digest_of(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read the reference image: {error.strerror or error}") from None
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -118,7 +138,8 @@ def references_of(
     for text in given:
         size = _SIZE.fullmatch(text)
         if size is None or Path(text).exists():
-            found.append(reference_of(text, *picture_size(Path(text)), multiple, bound_px))
+            reference = reference_of(text, *picture_size(Path(text)), multiple, bound_px)
+            found.append(replace(reference, digest=file_digest(Path(text))))
         elif may_be_sizes:
             found.append(reference_of(text, int(size[1]), int(size[2]), multiple, bound_px))
         else:

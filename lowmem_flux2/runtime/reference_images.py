@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from lowmem_flux2.errors import UsageError
-from lowmem_flux2.planning.references import STOCK_BOUND_PX, Reference, reference_of
+from lowmem_flux2.planning.references import STOCK_BOUND_PX, Reference, digest_of, file_digest, reference_of
 
 SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
@@ -162,11 +163,22 @@ def prepare_references(
         return (), ()
     given = pictures_of(image)
     bound = STOCK_BOUND_PX if bound_px is None else bound_px
-    references = tuple(reference_of(name, *picture.size, multiple, bound) for name, picture in given)
-    pairs = zip(given, references, strict=True)
-    return references, tuple(prepared(picture, reference) for (_, picture), reference in pairs)
+    references, pictures = [], []
+    for name, picture in given:
+        reference = reference_of(name, *picture.size, multiple, bound)
+        pictures.append(prepared(picture, reference))
+        digest = digest_of(pictures[-1].numpy().tobytes())
+        references.append(replace(reference, digest=digest))
+    return tuple(references), tuple(pictures)
 
 
 def load_references(references: Sequence[Reference]) -> tuple[torch.Tensor, ...]:
-    """The pictures of a request whose references are files."""
+    """The pictures of a request whose references are files.
+
+    Raises:
+        UsageError: a file that is gone, damaged, or another one by now.
+    """
+    for one in references:
+        if file_digest(Path(one.name)) != one.digest:
+            raise UsageError(f"{one.name} has changed since the plan was made")
     return tuple(prepared(open_picture(Path(one.name)), one) for one in references)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,11 +17,11 @@ from PIL import Image, ImageCms
 
 from lowmem_flux2 import Engine
 from lowmem_flux2.errors import Interrupted, NonFiniteLatents, RunError, UsageError
-from lowmem_flux2.planning.references import picture_size, reduced, reference_of
+from lowmem_flux2.planning.references import picture_size, reduced, reference_of, references_of
 from lowmem_flux2.runtime.inputs import Inputs, check_inputs
 from lowmem_flux2.runtime.interruption import Interruption
 from lowmem_flux2.runtime.reference_encoder import ReferenceEncoder, normalised
-from lowmem_flux2.runtime.reference_images import as_rgb, open_picture, pictures_of, prepared
+from lowmem_flux2.runtime.reference_images import as_rgb, load_references, open_picture, pictures_of, prepared
 
 Stock = Callable[[str, str], Any]
 Array = npt.NDArray[np.generic]
@@ -152,8 +153,9 @@ def test_latents_of_an_edit_are_saved_and_decoded_like_any_other(tiny_dev: Path,
     asked = {**ASKED, "image": IMAGES["one"], "seed": 4, "output_type": "np"}
     made = engine.generate(**asked, save_latents=tmp_path / "a.safetensors")
     assert np.array_equal(engine.generate(from_latents=made.latents_file, output_type="np").images, made.images)
+    digest = hashlib.sha256(np.asarray(IMAGES["one"]).tobytes()).hexdigest()[:12]
     assert made.report.to_json()["references"] == [
-        {"name": "reference image 1", "width": 80, "height": 64, "bound_px": 1024}
+        {"name": "reference image 1", "width": 80, "height": 64, "bound_px": 1024, "digest": digest}
     ]
 
 
@@ -315,6 +317,15 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
         picture_size(path)
     with pytest.raises(UsageError, match=r"a\.png: the reference image is damaged"):
         open_picture(path)
+
+
+def test_a_file_that_is_another_one_by_now_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.png", picture(96, 64))
+    (planned,) = references_of([str(path)], 16)
+    assert np.array_equal(load_references([planned])[0].numpy(), values(picture(96, 64)))
+    saved(path, picture(96, 64, 1))
+    with pytest.raises(UsageError, match="has changed since the plan was made"):
+        load_references([planned])
 
 
 def test_sizes_are_those_of_the_request(tiny_klein: Path) -> None:
