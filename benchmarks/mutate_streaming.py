@@ -256,7 +256,12 @@ MUTATIONS = (
         "        except BaseException:\n            self.close()\n            raise\n",
         "        except BaseException:\n            raise\n",
     ),
-    streaming("pinned spans share pages", "-(-size_bytes // PAGE_BYTES) * PAGE_BYTES", "size_bytes"),
+    streaming(
+        "pinned spans share pages",
+        "-(-size_bytes // PAGE_BYTES) * PAGE_BYTES",
+        "size_bytes",
+        "blocks' spans are whole sectors of 4096 bytes, as long as a page: there is nothing to round",
+    ),
     # What the primitives do.
     transport(
         "copies go to the compute stream",

@@ -212,6 +212,17 @@ def test_streamed_forward_equals_resident_forward(
     assert not torch.equal(resident[0], resident[3])
 
 
+def test_slots_are_as_large_as_the_largest_streamed_block(blocks: Blocks, files: TensorFile) -> None:
+    """Of a mixture, not of all blocks: resident double-stream blocks let the slots shrink to single-stream ones."""
+    sizes = [layout_of(module, "", torch.float32).total_bytes for module in blocks.modules]
+    assert sizes[0] > sizes[-1]
+    for resident, largest in ((2, sizes[-1]), (1, sizes[0])):
+        placements = (Placement.GPU,) * resident + (Placement.DISK,) * (COUNT - resident)
+        streamer = blocks.streamer(placements, 2, files)
+        assert [slot.span.numel() for slot in streamer._slots] == [largest] * 2
+        streamer.close()
+
+
 def test_close_returns_modules_to_meta_and_frees_slots(blocks: Blocks, files: TensorFile) -> None:
     streamer = blocks.streamer(MIXTURES["mixed"], 2, files)
     check_rounds(blocks, streamer, 1)
