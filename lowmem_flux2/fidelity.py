@@ -132,7 +132,7 @@ def prompts_for(model: str, file: Path | None, images: int) -> tuple[str, ...]:
 
 def variants(setting: Setting, width: int, height: int) -> list[Variant]:
     """Every supported choice that changes pixels, and the controls. The references come before what is compared."""
-    quantized = [name for name in FORMATS if FORMATS[name].is_quantized and name in SUPPORTED.weight_formats]
+    quantized = [name for name in FORMATS if FORMATS[name].is_prepared and name in SUPPORTED.weight_formats]
     quantized.sort(key=lambda name: FORMATS[name].weight_error)
     others = [name for name in ("fp32", "bf16") if name != setting.dtype]
     found = [Variant(REFERENCE, "reference"), Variant("repeated", "control")]

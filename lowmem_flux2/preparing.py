@@ -126,10 +126,8 @@ def prepare_all(
     """
     selection = Selection(weight_format=weight_format, dtype=dtype)
     check_selection(selection, machine.hardware)
-    if not FORMATS[weight_format].is_quantized:
-        raise UsageError(
-            f"--weight-format {weight_format}: unquantized weights are read from the checkpoint as they are"
-        )
+    if not FORMATS[weight_format].is_prepared:
+        raise UsageError(f"--weight-format {weight_format}: such weights are read from the checkpoint as they are")
     if weight_format not in SUPPORTED.weight_formats:
         raise UsageError(f"--weight-format {weight_format}: {LIBRARY_OF[weight_format]} is not installed")
     from lowmem_flux2.runtime.download import with_weights

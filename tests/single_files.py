@@ -159,9 +159,9 @@ def random_blocks(kind: gguf.GGMLQuantizationType, rows: int, columns: int, seed
 
 
 def write_gguf(
-    path: Path, bfl: Mapping[str, torch.Tensor], kind: str, *, architecture: str = "flux", prefix: str = ""
+    path: Path, bfl: Mapping[str, torch.Tensor], *kinds: str, architecture: str = "flux", prefix: str = ""
 ) -> State:
-    """Write a GGUF file with the blocks' Linears in ``kind``, other matrices in BF16 or F16, vectors in F32.
+    """Write a GGUF file with the blocks' Linears in ``kinds`` by turns, other matrices in BF16 or F16, vectors in F32.
 
     Returns:
         What it holds, decoded by gguf-py in fp32.
@@ -170,12 +170,12 @@ def write_gguf(
     decoded: State = {}
     for number, (name, tensor) in enumerate(bfl.items()):
         values = tensor.float().numpy()
-        quantized = gguf.GGMLQuantizationType[kind]
+        quantized = gguf.GGMLQuantizationType[kinds[number % len(kinds)]]
         if tensor.ndim == 1:
             quantized = gguf.GGMLQuantizationType.F32
         elif not is_linear(name, tensor):
             quantized = gguf.GGMLQuantizationType.BF16 if number % 2 else gguf.GGMLQuantizationType.F16
-        if kind.endswith("_K") and quantized.name == kind:
+        if quantized.name.endswith("_K"):
             stored = random_blocks(quantized, *values.shape, seed=number)
         else:
             stored = gguf.quants.quantize(values, quantized)

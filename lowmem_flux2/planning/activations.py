@@ -30,22 +30,26 @@ MODULATION_WIDTHS = 16
 
 @dataclass(frozen=True, slots=True)
 class Expansion:
-    """Bytes that one weight of a Linear takes while it runs, and at most while it is expanded; 0 where it is not."""
+    """Bytes that one weight of a Linear takes while it runs, and at most while it is expanded; 0 where it is not.
+
+    ``beside``: what expanding takes besides, whatever the Linear's size.
+    """
 
     fmt: WeightFormat
     expanded: float
     expanding: float
+    beside: int = 0
 
     @staticmethod
     def of(fmt: WeightFormat, dtype_bytes: int) -> Expansion:
         if not fmt.is_quantized or fmt.compute_class:
             return Expansion(fmt, 0, 0)
-        return Expansion(fmt, dtype_bytes, dtype_bytes + fmt.scratch_bytes_per_weight)
+        return Expansion(fmt, dtype_bytes, dtype_bytes + fmt.scratch_bytes_per_weight, fmt.scratch_bytes)
 
     def linear_bytes(self, held: float, rows: int, columns: int, tokens: float, output: float) -> float:
         """The peak of one Linear: ``held`` bytes live throughout, its input among them, ``output`` bytes are made."""
         weights, pieces = rows * columns, self.fmt.pieces_bytes(rows, columns, tokens)
-        return held + max(weights * self.expanding, weights * self.expanded + output + pieces)
+        return held + max(weights * self.expanding + self.beside, weights * self.expanded + output + pieces)
 
 
 def denoise_activation_bytes(

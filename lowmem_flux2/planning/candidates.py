@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
+from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning.cost import stage_cost, stage_work
 from lowmem_flux2.planning.flops import compute_rate, linear_rate
-from lowmem_flux2.planning.formats import FORMATS, PLAIN_FORMATS
+from lowmem_flux2.planning.formats import FORMATS, GGUF, PLAIN_FORMATS
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.objective import time_then_effort, time_then_effort_of
@@ -169,11 +170,19 @@ def _formats(job: Job, stage: Stage, fixed: str, dtype: str) -> list[str]:
 
     One that computes in its own class is there to be faster: for denoising, where speed is preferred and it is. A text
     encoder runs once, and a language model's inputs have the outliers that such formats round worst.
+
+    Raises:
+        UsageError: the checkpoint's own quantized blocks are asked for, and it has none.
     """
+    has_packed = stage == "denoise" and bool(job.model.transformer.packed)
+    if fixed == GGUF and not has_packed:
+        part = "transformer" if stage == "denoise" else "text encoder"
+        raise UsageError(f"weight format {GGUF}: the {part} of {job.model.name} is not a GGUF file")
     names = [
         name
         for name in (FORMATS if fixed == "auto" else (fixed,))
         if name in job.support.weight_formats
+        and (name != GGUF or has_packed)
         and runs_on(name, job.hardware)
         and (name == dtype or name not in PLAIN_FORMATS)
     ]

@@ -43,7 +43,7 @@ from lowmem_flux2.planning.flops import (
     layer_flops,
     low_rank_flops,
 )
-from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS
+from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS, GGUF
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.passages import FileRatio, Tiers, in_file, passages, tiers_of
@@ -149,6 +149,8 @@ def block_sizes(stage: StagePlan, model: ModelSpec) -> list[int]:
     if stage.stage == "encode":
         return [fmt.block_bytes(model.text_encoder.layer, dtype_bytes)] * model.text_encoder.layers_used
     dims = model.transformer
+    if dims.packed and stage.weight_format == GGUF:
+        return [fmt.block_bytes(block, dtype_bytes) for block in dims.blocks]
     doubles, singles = (fmt.block_bytes(block, dtype_bytes) for block in (dims.double_block, dims.single_block))
     return [doubles] * dims.num_double + [singles] * dims.num_single
 

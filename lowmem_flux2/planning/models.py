@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Final, Literal
 
@@ -42,11 +42,14 @@ class BlockSpec:
         kind: ``double`` or ``single`` (transformer), ``layer`` (text encoder).
         linears: (rows, columns) of each Linear's weight, which a weight format may quantize.
         others: sizes of its other tensors, norm scales and biases, which are never quantized.
+        packed: bytes of each Linear's weight as a GGUF file has it quantized, 0 for one that it has not; empty where
+            there is no such file.
     """
 
     kind: BlockKind
     linears: tuple[tuple[int, int], ...]
     others: tuple[int, ...]
+    packed: tuple[int, ...] = ()
 
     @property
     def linear_weights(self) -> int:
@@ -66,7 +69,11 @@ class BlockSpec:
 
 @dataclass(frozen=True, slots=True)
 class TransformerSpec:
-    """Shape of a Flux2Transformer2DModel. No Linear in it has a bias."""
+    """Shape of a Flux2Transformer2DModel. No Linear in it has a bias.
+
+    Attributes:
+        packed: ``BlockSpec.packed`` of each block, where the weights are in a GGUF file.
+    """
 
     num_double: int
     num_single: int
@@ -79,6 +86,7 @@ class TransformerSpec:
     guidance_embeds: bool
     timestep_channels: int
     patch_size: int = 1
+    packed: tuple[tuple[int, ...], ...] = ()
 
     @property
     def hidden_size(self) -> int:
@@ -106,7 +114,10 @@ class TransformerSpec:
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:
         """All blocks in the order in which a step runs them: double, then single."""
-        return (self.double_block,) * self.num_double + (self.single_block,) * self.num_single
+        alike = (self.double_block,) * self.num_double + (self.single_block,) * self.num_single
+        if not self.packed:
+            return alike
+        return tuple(replace(block, packed=packed) for block, packed in zip(alike, self.packed, strict=True))
 
     @property
     def conditioning_weights(self) -> int:

@@ -34,7 +34,7 @@ def preparations(
     missing = []
     for stage in stages:
         fmt = FORMATS[stage.weight_format]
-        if not fmt.is_quantized or (stage.component, fmt.stored_as, stage.compute_dtype) in prepared:
+        if not fmt.is_prepared or (stage.component, fmt.stored_as, stage.compute_dtype) in prepared:
             continue
         blocks = model.transformer.blocks if stage.component == "transformer" else model.text_encoder.blocks
         weights = sum(block.total_weights for block in blocks)

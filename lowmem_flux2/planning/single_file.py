@@ -89,7 +89,7 @@ def resolve_file(
     name = file.resolve().stem
     spec = spec_from_configs(name, source, configs, stored_dtype="bf16")  # until the weights tell
     held = check_headers(file, (header,), spec.stored_weights("transformer"))
-    spec = replace(spec, stored_dtype=held.stored_dtype)
+    spec = sources.as_stored(spec, held)
     found = {key: _checked(key, part, spec, source) for key, part in found.items()}
     missing = tuple(Missing(part.repo_id, key) for key, part in found.items() if part.folder is None)
     single = SingleFile(file, text_encoder, vae, cache, missing)

@@ -20,6 +20,7 @@ from typing import Any, Final, Literal, get_args
 from lowmem_flux2.errors import CheckpointAccess, CheckpointBroken, CheckpointError, CheckpointMissing, UsageError
 from lowmem_flux2.planning.configs import CONFIG_FILES, OWN_CONFIG_FILE, read_configs, spec_from_configs
 from lowmem_flux2.planning.models import Component, ModelSpec
+from lowmem_flux2.planning.stored import model_view, packed_blocks
 from lowmem_flux2.planning.weight_files import ComponentWeights, check_component
 
 SourceKind = Literal["embedded", "local", "hub"]
@@ -246,11 +247,16 @@ def check_folder(folder: Path, spec: ModelSpec, source: str) -> ModelSpec:
     check_tokenizer(folder, source)
     found = check_weights(folder, spec)
     return replace(
-        spec,
-        stored_dtype=found["transformer"].stored_dtype,
+        as_stored(spec, found["transformer"]),
         text_stored_dtype=found["text_encoder"].stored_dtype,
         vae_stored_dtype=found["vae"].stored_dtype,
     )
+
+
+def as_stored(spec: ModelSpec, held: ComponentWeights) -> ModelSpec:
+    """The spec of a model whose transformer is stored like this."""
+    dims = replace(spec.transformer, packed=packed_blocks(model_view(held.headers), spec.transformer))
+    return replace(spec, stored_dtype=held.stored_dtype, transformer=dims)
 
 
 def hub_configs(

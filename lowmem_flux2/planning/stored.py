@@ -16,6 +16,7 @@ from lowmem_flux2.errors import CheckpointBroken
 from lowmem_flux2.planning.gguf_header import BLOCKS
 from lowmem_flux2.planning.headers import FileHeader, TensorInfo
 from lowmem_flux2.planning.layouts import Rows, is_bfl, model_tensors, without_prefix
+from lowmem_flux2.planning.models import TransformerSpec
 
 Encoding = Literal["plain", "scaled", "gguf", "bnb4"]
 FP8: Final = ("F8_E4M3", "F8_E5M2")
@@ -27,6 +28,13 @@ _IGNORED: Final = (".input_scale", ".scale_input", ".comfy_quant")
 _MARKERS: Final = ("scaled_fp8",)
 _NVFP4: Final = ".weight_scale_2"
 _BNB_STATE: Final = ".weight.quant_state.bitsandbytes__"
+_DOUBLE_LINEARS: Final = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.linear_in", "ff.linear_out"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    *("ff_context.linear_in", "ff_context.linear_out"),
+)
+_SINGLE_LINEARS: Final = ("attn.to_qkv_mlp_proj", "attn.to_out")
+"""In the order of ``TransformerSpec.double_block`` and ``single_block``."""
 _BNB_AIDS: Final = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
@@ -116,6 +124,18 @@ def plain_view(headers: Iterable[FileHeader]) -> Mapping[str, StoredTensor]:
         place.name: StoredTensor(place.info.shape, "plain", place, ((0, count),))
         for place, count in zip(places, rows, strict=True)
     }
+
+
+def packed_blocks(view: Mapping[str, StoredTensor], dims: TransformerSpec) -> tuple[tuple[int, ...], ...]:
+    """``BlockSpec.packed`` of each block, where any of their Linears is in GGUF blocks; else empty."""
+    prefixes = [f"transformer_blocks.{index}." for index in range(dims.num_double)]
+    prefixes += [f"single_transformer_blocks.{index}." for index in range(dims.num_single)]
+    found = []
+    for prefix in prefixes:
+        names = _DOUBLE_LINEARS if prefix[0] == "t" else _SINGLE_LINEARS
+        tensors = [view.get(f"{prefix}{name}{_WEIGHT}") for name in names]
+        found.append(tuple(tensor.stored_bytes if tensor and tensor.encoding == "gguf" else 0 for tensor in tensors))
+    return tuple(found) if any(map(any, found)) else ()
 
 
 def _is_aid(name: str, places: Mapping[str, Place]) -> bool:

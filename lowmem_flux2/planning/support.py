@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from lowmem_flux2.planning.formats import FORMATS
+from lowmem_flux2.planning.formats import FORMATS, GGUF
 from lowmem_flux2.planning.plan import StagePlan
 from lowmem_flux2.planning.step_caches import KINDS, OFF
 
@@ -24,7 +24,10 @@ class Support:
         lacks = []
         if stage.weight_format not in self.weight_formats:
             library = LIBRARY_OF.get(stage.weight_format)
-            remedy = f" (needs {library}, which is not installed: pip install 'lowmem-flux2[cuda]')" if library else ""
+            extra = EXTRA_OF.get(stage.weight_format)
+            remedy = (
+                f" (needs {library}, which is not installed: pip install 'lowmem-flux2[{extra}]')" if library else ""
+            )
             lacks.append(f"{stage.component} weights in {stage.weight_format}{remedy}")
         if stage.step_cache.partition(":")[0] not in self.step_caches:
             lacks.append(f"step cache {stage.step_cache}")
@@ -38,8 +41,9 @@ class Support:
 
 
 STEP_CACHES = frozenset((OFF, *KINDS))
-LIBRARY_OF = {"nf4": "bitsandbytes"}
+LIBRARY_OF = {"nf4": "bitsandbytes", GGUF: "gguf"}
 """Formats that run only where a library of an extra is installed."""
+EXTRA_OF = {"nf4": "cuda", GGUF: "gguf"}
 
 
 def installed() -> Support:

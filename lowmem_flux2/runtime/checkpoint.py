@@ -105,6 +105,20 @@ class TensorFile:
         self.check_shape(name, tuple(destination.shape))
         self._read_values(name, 0, destination.view(-1), direct)
 
+    def packed_kind(self, name: str) -> str | None:
+        """The GGUF type of a tensor in quantized blocks."""
+        tensor = self._tensor(name)
+        return tensor.place.info.dtype if tensor.encoding == "gguf" else None
+
+    def read_packed(self, name: str, destination: torch.Tensor, direct: bool = False) -> None:
+        """Fill (rows, bytes) uint8 with a tensor's GGUF blocks as they are."""
+        tensor = self._tensor(name)
+        row_bytes, begin = destination.shape[1], 0
+        for row, rows in tensor.rows:
+            part = destination[begin : begin + rows].view(-1)
+            self._opened(tensor.place).read_into(part, tensor.place.offset + row * row_bytes, direct)
+            begin += rows
+
     def read_rows_from(self, name: str, first: int, destination: torch.Tensor) -> None:
         """Fill (rows, columns) with the rows of a matrix from ``first`` on, converting the dtype where it differs."""
         self._read_values(name, first * destination.shape[1], destination.view(-1))

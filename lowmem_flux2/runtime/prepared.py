@@ -24,7 +24,7 @@ def prepared_stores(plan: Plan, source: ModelSource, running: Running, observer:
     return {
         stage.component: _store(stage, source, running, observer)
         for stage in plan.stages
-        if FORMATS[stage.weight_format].is_quantized and not plan.is_cached(stage)
+        if FORMATS[stage.weight_format].is_prepared and not plan.is_cached(stage)
     }
 
 
@@ -37,7 +37,7 @@ def at_hand(stage: StagePlan, source: ModelSource, running: Running) -> Support:
     formats = {
         name
         for name in SUPPORTED.weight_formats
-        if not FORMATS[name].is_quantized or find(*asked, name, stage.compute_dtype, running.cache) is not None
+        if not FORMATS[name].is_prepared or find(*asked, name, stage.compute_dtype, running.cache) is not None
     }
     return replace(SUPPORTED, weight_formats=frozenset(formats))
 

@@ -13,12 +13,15 @@ from typing import Protocol
 
 import torch
 
+from lowmem_flux2.planning.formats import GGUF
 from lowmem_flux2.planning.headers import FileHeader
 from lowmem_flux2.planning.models import Component
 from lowmem_flux2.planning.plan import StagePlan
 from lowmem_flux2.runtime.checkpoint import TensorFile, Tensors
 from lowmem_flux2.runtime.components import Blocks
 from lowmem_flux2.runtime.device import DTYPES
+from lowmem_flux2.runtime.layout import BlockSource
+from lowmem_flux2.runtime.packed import packed_sources
 from lowmem_flux2.runtime.pinning import Pinning
 from lowmem_flux2.runtime.store import PreparedStore
 from lowmem_flux2.runtime.streaming import BlockStreamer
@@ -76,10 +79,9 @@ class CheckpointWeights:
         rounds: int,
         warn: Callable[[str], None],
     ) -> BlockStreamer:
-        store, dtype = self.stores.get(stage.component), DTYPES[stage.compute_dtype]
         return BlockStreamer(
             blocks=blocks.modules,
-            sources=store.sources(blocks, stage.weight_format) if store else blocks.sources(tensors, dtype),
+            sources=self._sources(stage, blocks, tensors),
             placements=stage.block_placements,
             device=device,
             slots=stage.slots,
@@ -87,3 +89,10 @@ class CheckpointWeights:
             warn=warn,
             pinning=self.pinning,
         )
+
+    def _sources(self, stage: StagePlan, blocks: Blocks, tensors: Tensors) -> list[BlockSource]:
+        dtype = DTYPES[stage.compute_dtype]
+        if stage.weight_format == GGUF:
+            return packed_sources(blocks, tensors, dtype)
+        store = self.stores.get(stage.component)
+        return store.sources(blocks, stage.weight_format) if store else blocks.sources(tensors, dtype)

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import single_files
 import tiny
 from hub import COMMIT, Hub, serving
+from safetensors.torch import save_file
 
 REPO = "acme/tiny-klein"
 FETCH = """
@@ -179,3 +181,22 @@ def test_nothing_else_opens_a_socket(tmp_path: Path, tiny_klein: Path) -> None:
     run = [sys.executable, "-c", script, str(source), str(tmp_path / "cache")]
     done = subprocess.run(run, env=kept, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_single_file_fetches_its_parts_alone(hub: Hub, repository: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.safetensors"
+    save_file(single_files.bfl_state(single_files.transformer_state(repository)), file)
+    code = FETCH.replace("resolve_model(model,", f"resolve_model({str(file)!r}, text_encoder=model, vae=model,")
+    done = fetch(hub, tmp_path, REPO, "offline", code=code)
+    assert done.returncode == 4 and "not in the local hub cache" in done.stderr
+    done = fetch(hub, tmp_path, code=code)
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.strip().splitlines()[-1])
+    assert (folder / "transformer" / "diffusion_pytorch_model.safetensors").resolve() == file
+    assert (folder / "text_encoder").resolve().is_relative_to((tmp_path / "hub").resolve())
+    fetched = hub.fetched()
+    assert not any(name.startswith("transformer/") and name.endswith(".safetensors") for name in fetched)
+    assert any(name.startswith("vae/") for name in fetched) and "tokenizer/tokenizer.json" in fetched
+    again = fetch(hub, tmp_path, REPO, "offline", code=code)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.strip().splitlines()[-1] == str(folder)

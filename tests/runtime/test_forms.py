@@ -7,17 +7,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import single_files as forms
 import tiny
 import torch
 from diffusers.quantizers.bfl.utils import dequantize_fp8r, quantize_fp8r
 from safetensors.torch import save_file
+from torch.profiler import ProfilerActivity, profile
 
 from lowmem_flux2 import Engine
 from lowmem_flux2.cli import app
+from lowmem_flux2.errors import CheckpointBroken, UsageError
+from lowmem_flux2.planning.cost import block_sizes
+from lowmem_flux2.planning.formats import GGUF_SCRATCH_BYTES
+from lowmem_flux2.planning.gguf_header import BLOCKS, read_gguf_header
+from lowmem_flux2.planning.plan import StagePlan
+from lowmem_flux2.planning.selection import StreamFrom
 from lowmem_flux2.planning.sources import resolve_model
 from lowmem_flux2.runtime.checkpoint import TensorFile
+from lowmem_flux2.runtime.components import transformer_blocks, transformer_on_meta
+from lowmem_flux2.runtime.decoding import gguf_values
+from lowmem_flux2.runtime.packed import packed_sources
 
 ASKED: dict[str, Any] = {
     **{"height": 64, "width": 64, "num_inference_steps": 1, "guidance_scale": 1.0, "seed": 0, "output_type": "latent"},
@@ -25,10 +37,24 @@ ASKED: dict[str, Any] = {
 }
 
 
-def latents(model: Path, weight_format: str, *, parts: Path | None = None, prompt: str | None = None) -> torch.Tensor:
+def latents(
+    model: Path,
+    weight_format: str,
+    *,
+    parts: Path | None = None,
+    prompt: str | None = None,
+    placement: StreamFrom = "auto",
+) -> torch.Tensor:
     """What a model makes of a prompt, or of embeddings; of a single file with the text encoder and VAE of ``parts``."""
     given = {} if parts is None else {"text_encoder": str(parts), "vae": str(parts)}
-    engine = Engine(str(model), dtype="fp32", weight_format=weight_format, text_weight_format="fp32", **given)
+    engine = Engine(
+        str(model),
+        dtype="fp32",
+        weight_format=weight_format,
+        text_weight_format="fp32",
+        placement=placement,
+        **given,
+    )
     asked = ASKED if prompt is None else {**ASKED, "prompt_embeds": None, "prompt": prompt, "max_sequence_length": 64}
     made: torch.Tensor = engine.generate(**asked).images
     return made
@@ -130,6 +156,84 @@ def test_gguf(kind: str, tmp_path: Path, wide: Path) -> None:
     reference = forms.with_transformer(tmp_path / "reference", wide, forms.diffusers_state(decoded))
     assert resolve_model(str(tmp_path / "x"), text_encoder=str(wide)).spec.transformer.num_single == 2
     check(tmp_path / "x", wide, reference, ("fp32", "int8") if kind == "Q4_K" else ("fp32",))
+
+
+@pytest.mark.parametrize("kinds", [("Q8_0",), ("Q4_0",), ("Q4_K", "Q6_K", "F16", "Q5_K")], ids=" ".join)
+def test_gguf_streamed_as_it_is(kinds: tuple[str, ...], tmp_path: Path, wide: Path) -> None:
+    """The file's own blocks rest and are streamed; each byte is planned, and no place changes a pixel."""
+    bfl = forms.bfl_state(forms.transformer_state(wide))
+    decoded = forms.write_gguf(tmp_path / "x", bfl, *kinds)
+    reference = forms.with_transformer(tmp_path / "reference", wide, forms.diffusers_state(decoded))
+    expected = latents(reference, "fp32")
+    for placement in ("resident", "disk"):
+        assert torch.equal(latents(tmp_path / "x", "gguf", parts=wide, placement=placement), expected)
+    source = resolve_model(str(tmp_path / "x"), text_encoder=str(wide))
+    assert source.folder is not None
+    stage = StagePlan.bare("denoise", "gguf", "fp32")
+    blocks = transformer_blocks(transformer_on_meta(source.folder / "transformer"))
+    with TensorFile(source.folder / "transformer") as files:
+        made = packed_sources(blocks, files, torch.float32)
+    assert [each.layout.total_bytes for each in made] == block_sizes(stage, source.spec)
+
+
+def test_the_plan_takes_a_gguf_files_own_blocks(tmp_path: Path, wide: Path) -> None:
+    """Nothing is more faithful, and nothing needs preparing; other models and the text encoder have none."""
+    forms.write_gguf(tmp_path / "x", forms.bfl_state(forms.transformer_state(wide)), "Q4_K")
+    engine = Engine(str(tmp_path / "x"), text_encoder=str(wide), dtype="fp32")
+    plan = engine.plan(engine.request("x", height=64, width=64))
+    assert plan.stage("denoise").weight_format == "gguf"
+    assert not plan.preparations
+    for model, fixed in ((wide, {"weight_format": "gguf"}), (wide, {"text_weight_format": "gguf"})):
+        with pytest.raises(UsageError, match=r"weight format gguf: the .* is not a GGUF file"):
+            engine = Engine(str(model), dtype="fp32", **fixed)
+            engine.plan(engine.request("x", height=64, width=64))
+
+
+def test_expanding_gguf_blocks_takes_no_more_than_is_planned() -> None:
+    weights = 1 << 16
+    for kind, (block, size) in BLOCKS.items():
+        blocks = torch.zeros(weights // block, size, dtype=torch.uint8)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            gguf_values(kind, blocks, torch.float32)
+        live = peak = 0
+        for event in profiled.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                live += event.nbytes()
+                peak = max(peak, live)
+        assert weights < peak <= GGUF_SCRATCH_BYTES * weights, kind
+
+
+def test_gguf_headers_are_those_that_gguf_py_reads(tmp_path: Path, wide: Path) -> None:
+    forms.write_gguf(tmp_path / "x", forms.bfl_state(forms.transformer_state(wide)), "Q4_K", "Q8_0", "F32")
+    header, reader = read_gguf_header(tmp_path / "x"), gguf.GGUFReader(tmp_path / "x")
+    assert header.tensors.keys() == {tensor.name for tensor in reader.tensors}
+    for tensor in reader.tensors:
+        info = header.tensors[tensor.name]
+        assert info.dtype == tensor.tensor_type.name
+        assert info.shape == tuple(reversed(tensor.shape.tolist()))
+        assert (header.data_begin + info.begin, info.num_bytes) == (tensor.data_offset, tensor.n_bytes)
+
+
+def test_gguf_files_that_are_not_read_say_what_they_are(tmp_path: Path, wide: Path) -> None:
+    bfl = forms.bfl_state(forms.transformer_state(wide))
+    forms.write_gguf(tmp_path / "llama", bfl, "Q8_0", architecture="llama")
+    with pytest.raises(CheckpointBroken, match="its GGUF architecture is 'llama'"):
+        resolve_model(str(tmp_path / "llama"))
+    forms.write_gguf(tmp_path / "cut", bfl, "Q8_0")
+    whole = (tmp_path / "cut").read_bytes()
+    for length, told in ((len(whole) - 1, "is truncated: its header describes"), (100, "header goes beyond its end")):
+        (tmp_path / "cut").write_bytes(whole[:length])
+        with pytest.raises(CheckpointBroken, match=told):
+            resolve_model(str(tmp_path / "cut"))
+    writer = gguf.GGUFWriter(tmp_path / "iq", "flux")
+    kind = gguf.GGMLQuantizationType.IQ4_NL
+    writer.add_tensor("img_in.weight", np.zeros((4, 18), dtype=np.uint8), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointBroken, match=r"'img_in.weight' of shape \[4, 32\] is stored as IQ4_NL, which is not"):
+        resolve_model(str(tmp_path / "iq"))
 
 
 # --- bitsandbytes ---------------------------------------------------------------------------------------------------
