@@ -23,7 +23,7 @@ def test_the_table_is_as_it_would_be_written() -> None:
 
 
 def test_every_quantized_format_is_measured_and_ordered_by_it() -> None:
-    quantized = [fmt for fmt in FORMATS.values() if fmt.is_quantized]
+    quantized = [fmt for fmt in FORMATS.values() if fmt.is_prepared]
     assert {fmt.name for fmt in quantized} == set(FIGURES)
     assert all(fmt.weight_error == FIGURES[fmt.name].gaussian for fmt in quantized)
     assert all(tool.WEIGHT_ERRORS in fmt.provenance and fmt.figures == FIGURES[fmt.name] for fmt in quantized)
