@@ -396,6 +396,5 @@ def explain_hub_error(repo_id: str, revision: str | None, error: BaseException) 
             f"{repo_id} is not in the local hub cache and the hub cannot be reached, or must not be "
             f"({type(error).__name__}): connect once to fetch it, or {_LOCAL_HINT}"
         )
-    if isinstance(error, OSError):
-        return CheckpointMissing(f"{repo_id} could not be written to the hub cache: {error}")
-    return None
+    written = isinstance(error, OSError)
+    return CheckpointMissing(f"{repo_id} could not be written to the hub cache: {error}") if written else None
