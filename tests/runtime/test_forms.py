@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from lowmem_flux2.errors import CheckpointBroken, UsageError
 from lowmem_flux2.planning.cost import block_sizes
 from lowmem_flux2.planning.formats import GGUF_SCRATCH_BYTES
 from lowmem_flux2.planning.gguf_header import BLOCKS, read_gguf_header
+from lowmem_flux2.planning.job import plan_job, resolve_machine
 from lowmem_flux2.planning.plan import StagePlan
-from lowmem_flux2.planning.selection import StreamFrom
+from lowmem_flux2.planning.selection import Selection, StreamFrom
 from lowmem_flux2.planning.sources import resolve_model
+from lowmem_flux2.planning.workload import make_request
 from lowmem_flux2.runtime.checkpoint import TensorFile
 from lowmem_flux2.runtime.components import transformer_blocks, transformer_on_meta
 from lowmem_flux2.runtime.decoding import gguf_values
@@ -176,13 +179,16 @@ def test_gguf_streamed_as_it_is(kinds: tuple[str, ...], tmp_path: Path, wide: Pa
     assert [each.layout.total_bytes for each in made] == block_sizes(stage, source.spec)
 
 
-def test_the_plan_takes_a_gguf_files_own_blocks(tmp_path: Path, wide: Path) -> None:
-    """Nothing is more faithful, and nothing needs preparing; other models and the text encoder have none."""
-    forms.write_gguf(tmp_path / "x", forms.bfl_state(forms.transformer_state(wide)), "Q4_K")
-    engine = Engine(str(tmp_path / "x"), text_encoder=str(wide), dtype="fp32")
-    plan = engine.plan(engine.request("x", height=64, width=64))
+def test_the_plan_takes_a_gguf_files_own_blocks(wide: Path) -> None:
+    """Nothing is as faithful in so few bytes, nothing needs preparing; other models and text encoders have none."""
+    source = resolve_model("flux2-dev", offline=True)
+    dims = source.spec.transformer
+    q4_k = tuple(tuple(rows * columns // 256 * 144 for rows, columns in block.linears) for block in dims.blocks)
+    spec = replace(source.spec, transformer=replace(dims, packed=q4_k))
+    machine = resolve_machine("rtx-3060-12gb", "auto")
+    plan = plan_job(replace(source, spec=spec), machine, make_request(spec, ("x",)), Selection())
     assert plan.stage("denoise").weight_format == "gguf"
-    assert not plan.preparations
+    assert not [made for made in plan.preparations if made.component == "transformer"]
     for model, fixed in ((wide, {"weight_format": "gguf"}), (wide, {"text_weight_format": "gguf"})):
         with pytest.raises(UsageError, match=r"weight format gguf: the .* is not a GGUF file"):
             engine = Engine(str(model), dtype="fp32", **fixed)
