@@ -26,7 +26,14 @@ def cases(bench: Bench) -> list[Case]:
         for name in GUESS_S
         for weight_format in (plain, "int8", "w8a8", "int6", "fp8", "nf4", "int4")
     ]
-    first = [("klein-9b", plain), ("klein-9b", "int8"), ("dev", "int8"), ("klein-4b", plain), ("dev", "nf4")]
+    first = [
+        ("klein-9b", plain),
+        ("klein-9b", "int8"),
+        ("klein-9b", "w8a8"),
+        ("dev", "int8"),
+        ("klein-4b", plain),
+        ("dev", "nf4"),
+    ]
     ordered = [*first, *(pair for pair in reversed(pairs) if pair not in first)]
     return [
         Case(f"{name}-{weight_format}", partial(_compare, name, weight_format), 5 if bench.tiny else GUESS_S[name])

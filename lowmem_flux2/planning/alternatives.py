@@ -105,7 +105,8 @@ def alternatives_of(plan: Plan, model: ModelSpec, selection: Selection, support:
     """Of a plan just made with this selection."""
     job = Job(model, plan.workload, plan.hardware, selection, plan.limits, support)
     rejected = [neighbour for stage in plan.stages for neighbour in _rejected(stage, job)]
-    return Alternatives(tuple(_front(job)), tuple(rejected))
+    fast = replace(job, selection=replace(selection, prefer="speed"), _families={})  # formats for speed alone count too
+    return Alternatives(tuple(_front(fast)), tuple(rejected))
 
 
 # -------------------------------------------------------------------------------------------------------- the front

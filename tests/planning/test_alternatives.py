@@ -87,7 +87,7 @@ def changes(found: Alternatives) -> dict[tuple[str, str], Rejected]:
 def test_the_neighbours_are_formats_tiers_slots_and_tiles() -> None:
     _, found = alternatives(DEV, "rtx-4090-24gb", 24)
     denoise = {change for stage, change in changes(found) if stage == "denoise"}
-    assert {"bf16 weights", "nf4 weights", "one more block resident", "one block fewer resident", "1 slot"} <= denoise
+    assert {"bf16 weights", "int6 weights", "one more block resident", "one block fewer resident", "1 slot"} <= denoise
     assert not changes(found)["denoise", "one more block resident"].fits
     assert changes(found)["denoise", "bf16 weights"].why.startswith("slower")
     assert any(change.startswith("tiles of") for stage, change in changes(found) if stage == "decode")
