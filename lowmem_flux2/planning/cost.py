@@ -210,10 +210,14 @@ def _encode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
     layer_ns = nanoseconds(batches_s / max(len(passes), 1), 1)
     embedding = length * dims.joint_dim * dtype_bytes
     # The tapped states of a pass come to the host first, then a batch's are laid side by side. On a CPU they are there,
-    # and the last tapped is still the batch's hidden state when the stage peaks.
+    # and the last tapped is still the batch's hidden state when the stage peaks; normed, it is another tensor.
     beside = float(max(sizes, default=0))
+    # In the end a pass's rows are joined, and where a prompt has several images repeated, one pass after the other.
+    joined = workload.guidance_passes * workload.num_images
+    joined += workload.num_prompts if workload.num_images > workload.num_prompts else 0
     if hardware.device == "cpu":
-        beside = -sum(passes[-1]) / len(dims.out_layers) if passes else 0
+        is_normed = dims.num_layers == dims.layers_used
+        beside = -(max(passes[-1]) if is_normed else sum(passes[-1])) / len(dims.out_layers) if passes else 0
     return StageWork(
         block_bytes=tuple(block_sizes(stage, model)),
         compute_ns=(layer_ns,) * dims.layers_used,
@@ -225,7 +229,7 @@ def _encode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
             encode_activation_bytes(model, workload, batches, dtype_bytes, fmt)
             for batches in set(passes) or {(stage.batch_size,)}
         ),
-        passing_bytes=(sum(sizes) + workload.guidance_passes * workload.num_prompts) * embedding,  # no block left
+        passing_bytes=(sum(sizes) + joined) * embedding,  # no block left
         result_bytes=round((sum(sizes) + beside) * embedding),
         block_file_bytes=block_file_bytes(stage, model, dims.blocks),
         file_ratio=file_ratio(stage, model),
@@ -305,7 +309,7 @@ def host_bytes(work: StageWork, tiers: Tiers, on_host: bool) -> int:
     host = work.process_bytes + READ_BUFFER_BYTES + work.host_bytes
     beside = tiers.pageable + work.result_bytes
     if on_host:
-        return host + beside + sum(device_bytes(work, tiers.gpu, tiers.slots))
+        return host + max(beside + sum(device_bytes(work, tiers.gpu, tiers.slots)), work.passing_bytes)
     # Before the arenas exist, resident blocks pass through two host buffers, and embedders tensor by tensor.
     passing = max(tiers.ring + 2 * tiers.largest_resident, work.passing_bytes)
     return host + max(beside, passing - (tiers.pinned + tiers.ring))

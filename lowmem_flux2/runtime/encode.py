@@ -85,6 +85,12 @@ class _BatchState:
         return torch.cat(self.tapped, dim=-1)
 
 
+def image_rows(batches: Sequence[torch.Tensor], repeats: int) -> torch.Tensor:
+    """Batches of embeddings (prompts, tokens, width), one after another, each prompt's row for ``repeats`` images."""
+    rows = torch.cat(list(batches))
+    return rows.repeat_interleave(repeats, dim=0) if repeats > 1 else rows
+
+
 class TextEncoder:
     """The cut text encoder of one checkpoint, its layers placed by the plan."""
 
@@ -132,9 +138,10 @@ class TextEncoder:
         for index, layer in enumerate(self.streamer.round()):
             for state in states:
                 state.run(layer, index)
-                if index + 1 in taps:
-                    hidden = self._decoder.norm(state.hidden) if index + 1 == last else state.hidden
-                    state.tapped.append(hidden.to("cpu"))
+                if index + 1 in taps:  # no name for what is tapped: it would live until the next one
+                    state.tapped.append(
+                        (self._decoder.norm(state.hidden) if index + 1 == last else state.hidden).to("cpu")
+                    )
             on_layer()
         made = []
         while states:  # each state is dropped once it is laid side by side

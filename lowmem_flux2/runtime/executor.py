@@ -28,7 +28,7 @@ from lowmem_flux2.report import StageMeasure
 from lowmem_flux2.runtime.decode import Decoder
 from lowmem_flux2.runtime.denoise import Denoiser, Progress, initial_latents
 from lowmem_flux2.runtime.device import DTYPES, cap_vram, host_use, measure, release_memory, synchronize, torch_device
-from lowmem_flux2.runtime.encode import TextEncoder
+from lowmem_flux2.runtime.encode import TextEncoder, image_rows
 from lowmem_flux2.runtime.inputs import Inputs, batches_to_encode
 from lowmem_flux2.runtime.interruption import Interruption
 from lowmem_flux2.runtime.observer import Observer
@@ -146,15 +146,12 @@ class Executor:
         if any(batch not in made for batch in wanted):
             self._encode_batches(wanted, request, made, inputs)
         batches = prompt_batches(request.prompts, self._plan.stage("encode").batch_size)
-        embeds, negative = inputs.prompt_embeds, inputs.negative_prompt_embeds
-        if embeds is None:
-            embeds = torch.cat([made[batch] for batch in batches])
-        two_passes = self._plan.workload.guidance_passes == 2
-        if two_passes and negative is None:
-            negative = torch.cat([made[batch] for batch in negatives_of(batches, request.negative_prompt)])
-        repeats = request.num_images_per_prompt
-        embeds = embeds.repeat_interleave(repeats, dim=0)
-        return embeds, negative.repeat_interleave(repeats, dim=0) if negative is not None and two_passes else None
+        negatives = negatives_of(batches, request.negative_prompt)
+        repeats, given = request.num_images_per_prompt, (inputs.prompt_embeds, inputs.negative_prompt_embeds)
+        embeds = image_rows([made[batch] for batch in batches] if given[0] is None else [given[0]], repeats)
+        if self._plan.workload.guidance_passes == 1:
+            return embeds, None
+        return embeds, image_rows([made[batch] for batch in negatives] if given[1] is None else [given[1]], repeats)
 
     def _encode_batches(
         self, wanted: list[Batch], request: Request, made: dict[Batch, torch.Tensor], inputs: Inputs

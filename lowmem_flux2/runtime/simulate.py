@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_flux2.planning.adapters import Lora
+from lowmem_flux2.planning.batches import batch_sizes, batches_a_pass
 from lowmem_flux2.planning.chunks import chunk_bounds
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Stage, StagePlan
@@ -28,7 +29,7 @@ from lowmem_flux2.runtime.alike import Cut, cut_text_encoder, cut_transformer
 from lowmem_flux2.runtime.decode import Decoder
 from lowmem_flux2.runtime.denoise import Denoiser, Progress
 from lowmem_flux2.runtime.device import DTYPES
-from lowmem_flux2.runtime.encode import TextEncoder
+from lowmem_flux2.runtime.encode import TextEncoder, image_rows
 from lowmem_flux2.runtime.fakes import FAKE_GPU, FakeKernels, FakeWeights
 from lowmem_flux2.runtime.live import LiveBytes
 from lowmem_flux2.runtime.reference_encoder import ReferenceEncoder, joined
@@ -122,22 +123,29 @@ class _Run:
 
     def encode(self) -> None:
         stage, work = self._cut.stage, self._workload
-        batches = _batches(work.num_prompts, stage.batch_size)
-        width = self._cut.model.text_encoder.joint_dim
+        dims, length = self._cut.model.text_encoder, work.text_tokens
+        batches = batch_sizes(work, stage.batch_size)[stage.cached_batches :]
+        together = batches_a_pass(dims, stage.batch_size, length, self._dtype.itemsize)
+        passes = [batches[at : at + together] for at in range(0, len(batches), together)]
         tokenizer = cast(PreTrainedTokenizerBase, _Tokenizer())
         arguments = (self._cut.folder, self._cut.model, stage, self._device, _quiet, self.weights)
-        results: list[list[torch.Tensor]] = []
-        with closing(TextEncoder(*arguments, passes=len(batches), tokenizer=tokenizer)) as encoder:
+        made: list[torch.Tensor] = []
+        with closing(TextEncoder(*arguments, passes=len(passes), tokenizer=tokenizer)) as encoder:
             self._loaded()
-            for number, size in enumerate(batches):
-                if number in self._run_of(batches):
-                    groups = [("prompt",) * size] * work.guidance_passes
-                    results.append(encoder.encode(groups, work.text_tokens))
+            run = self._run_of([sum(sizes) for sizes in passes])
+            for number, sizes in enumerate(passes):
+                if number in run:
+                    made += encoder.encode([("prompt",) * size for size in sizes], length)
                 else:
-                    shape = (size, work.text_tokens, width)
-                    results.append([torch.empty(shape, dtype=self._dtype) for _ in range(work.guidance_passes)])
-        for group in range(work.guidance_passes):
-            torch.cat([made[group] for made in results])
+                    made += [torch.empty(size, length, dims.joint_dim, dtype=self._dtype) for size in sizes]
+        prompts = _batches(work.num_prompts, stage.batch_size)
+        by_size = {
+            size: torch.empty(size, length, dims.joint_dim, dtype=self._dtype) for size in {*prompts} - {*batches}
+        }
+        by_size |= {len(batch): batch for batch in made}
+        rows = []
+        for _ in range(work.guidance_passes):
+            rows.append(image_rows([by_size[size] for size in prompts], work.num_images // work.num_prompts))
 
     def denoise(self) -> None:
         stage, work, model = self._cut.stage, self._workload, self._cut.model

@@ -198,7 +198,10 @@ def test_simulated_bytes_equal_those_of_a_real_run(
     plan, request = planned(source, selection)
     real = measured(plan, request, source, cache)
     for planned_stage in plan.stages:
-        stage = simulate_stage(planned_stage, plan.workload, source.spec, source.configs, on_host=True)
+        workload = plan.workload
+        if planned_stage.stage == "encode":  # rows are repeated for a prompt's images after the real meter has stopped
+            workload = replace(workload, num_images=workload.num_prompts)
+        stage = simulate_stage(planned_stage, workload, source.spec, source.configs, on_host=True)
         assert stage.device_bytes - inputs_bytes(plan, source, stage.stage) == real.peak_bytes(stage.stage), stage
 
 
@@ -273,16 +276,20 @@ def test_a_cut_model_of_full_size_has_the_peaks_of_the_whole_one() -> None:
 
 
 def test_cuda_kernels_differ_from_the_cpus_only_where_no_peak_is() -> None:
-    """Their attention and norms hold other tensors, which are gone when a stage peaks; inputs wait on the host."""
+    """Their attention and norms hold other tensors, which are gone when a stage peaks; inputs wait on the host.
+
+    So do tapped states of the text encoder: two of three for each of two batches, when its last layers run.
+    """
     source = resolve_model("flux2-klein-base-4b")
     request = make_request(source.spec, ("x",), width=512, height=768, num_inference_steps=2)
     plan = plan_job(source, resolve_machine("rtx-4090-24gb", "auto"), request, Selection(vae_tile="256"))
-    for stage in plan.stages[1:]:  # encode's tapped states go to the host, which differs
+    tapped = 2 * 2 * rounded(plan.workload.text_tokens * source.spec.text_encoder.hidden_size * 2)
+    for stage in plan.stages:
         cuda, cpu = (
             simulate_stage(stage, plan.workload, source.spec, source.configs, on_host=on_host)
             for on_host in (False, True)
         )
-        inputs = inputs_bytes(plan, source, stage.stage)
+        inputs = tapped if stage.stage == "encode" else inputs_bytes(plan, source, stage.stage)
         assert cuda.device_bytes == cpu.device_bytes - inputs
         assert cuda.host_bytes >= inputs
 
