@@ -290,7 +290,8 @@ def test_cuda_kernels_differ_from_the_cpus_only_where_no_peak_is() -> None:
             for on_host in (False, True)
         )
         inputs = tapped if stage.stage == "encode" else inputs_bytes(plan, source, stage.stage)
-        assert cuda.device_bytes == cpu.device_bytes - inputs
+        small = 2 * 512 if stage.stage == "encode" else 0  # an allocation a batch
+        assert cuda.device_bytes == pytest.approx(cpu.device_bytes - inputs, rel=0, abs=small)
         assert cuda.host_bytes >= inputs
 
 
