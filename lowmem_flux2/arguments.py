@@ -41,6 +41,7 @@ def after(flags: RequestFlags, plan: Plan) -> RequestFlags:
         "guidance": plan.guidance_scale,
         "num_images": plan.num_images_per_prompt,
         "max_sequence_length": work.text_tokens,
+        "caption_upsample": work.upsample_temperature,
         "lora": [f"{adapter.path}:{adapter.scale!r}" for adapter in work.adapters] or None,
     }
     return replace(flags, **{name: value for name, value in planned.items() if getattr(flags, name) is None})
@@ -87,6 +88,7 @@ def resolve(
         max_sequence_length=flags.max_sequence_length,
         references=references,
         loras=tuple(map(Lora.parse, flags.lora or ())),
+        caption_upsample_temperature=flags.caption_upsample,
     )
     if flags.revision is not None and source.kind != "hub":
         raise UsageError(f"--revision {flags.revision}: {model} is not on the hub; leave the flag out")

@@ -118,6 +118,8 @@ def _written_alike(lines: Sequence[PromptLine]) -> list[list[int]]:
 
 
 def _with_line(flags: RequestFlags, line: PromptLine) -> RequestFlags:
+    if flags.caption_upsample:
+        raise UsageError("--caption-upsample is not yet for batches: give the prompts with -p")
     said = {key: getattr(line, key) for key in _OVERRIDES if getattr(line, key) is not None}
     if line.lora is not None:
         said["lora"] = list(line.lora)

@@ -198,14 +198,18 @@ def quantity(field: str, value: float) -> str:
 
 
 def observations_of(report: Report, is_first: bool = True) -> Iterator[Observation]:
-    """What a run says about the machine; nothing for a stage that ran out of memory, and was begun again.
+    """What a run says about the machine; nothing for a stage that ran out of memory, and was begun again, nor of
+    upsampling, which is planned for texts as long as they may get.
 
     Loading says nothing where the page cache had what it read.
     """
     if report.spec is None:
         return
     for measured in report.stages:
+        is_told = measured.stage != "upsample"
         if any(event.startswith(f"{measured.stage}: ") and "; going on with " in event for event in report.events):
+            is_told = False
+        if not is_told:
             continue
         stage = report.plan.stage(measured.stage)  # type: ignore[arg-type]
         planned, read = stage.cost.disk_bytes, measured.disk_read_bytes

@@ -135,7 +135,8 @@ def generate(
         prepared = preparing.prepared_of(asked.source, preparing.cache_of(cache_dir))
         made = plan_job(asked.source, asked.machine, asked.request, selection, running=True, prepared=prepared)
     seeds = image_seeds(seed, asked.request.num_images)
-    if prompt_bytes and prompt_files(cache_folder(cache_dir)) and not made.not_executable:
+    may_be_cached = prompt_bytes and asked.request.caption_upsample_temperature is None
+    if may_be_cached and prompt_files(cache_folder(cache_dir)) and not made.not_executable:
         from lowmem_flux2.runtime.prompt_cache import expecting_cached  # torch is imported only where it can matter
 
         made = expecting_cached(made, asked.source, asked.request, asked.machine.device_name, cache_folder(cache_dir))

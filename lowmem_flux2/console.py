@@ -8,7 +8,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-UNITS = {"prepare": "blocks", "encode": "layers", "reference": "images", "denoise": "steps", "decode": "images"}
+UNITS = {
+    "prepare": "blocks",
+    "upsample": "tokens",
+    "encode": "layers",
+    "reference": "images",
+    "denoise": "steps",
+    "decode": "images",
+}
 
 
 class _RateColumn(ProgressColumn):

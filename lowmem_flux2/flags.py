@@ -29,6 +29,7 @@ class RequestFlags:
     image: opt.References = None
     image_size: opt.ImageSize = None
     lora: opt.Loras = None
+    caption_upsample: opt.CaptionUpsample = None
     revision: opt.Revision = None
     offline: opt.Offline = False
 

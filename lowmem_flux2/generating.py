@@ -105,18 +105,27 @@ def carry_out(asked: Asked, made: Plan, running: Running, seeds: list[int], outp
     request = asked.request
     saved: list[ImageRecord] = []
 
+    upsampled: list[str] = []
+
+    def show(prompts: tuple[str, ...]) -> None:
+        upsampled.extend(prompts)
+        for prompt in prompts:
+            output.out.print(f"upsampled prompt: {prompt}", soft_wrap=True, markup=False)
+
     def save(index: int, picture: torch.Tensor, carried_out: Plan) -> None:
-        prompt = request.prompts[index // request.num_images_per_prompt]
-        record = ImageRecord(None, seeds[index], prompt)
+        number = index // request.num_images_per_prompt
+        record = ImageRecord(None, seeds[index], request.prompts[number])
+        if upsampled:
+            record = replace(record, upsampled_prompt=upsampled[number], upsample_seed=seeds[0])
         texts = describe(request, carried_out, record, versions(), index) if output.metadata else {}
         path = save_png(to_pil(picture), output.pattern.path(seed=seeds[index], index=index, model=made.model), texts)
-        saved.append(ImageRecord(str(path), seeds[index], prompt))
+        saved.append(replace(record, path=str(path)))
         output.out.print(f"{path}   seed {seeds[index]}", soft_wrap=True)
 
     with ConsoleObserver(output.err, output.quiet) as observer, Interruption().on_sigint() as interruption:
         engine = Engine.of(asked.source, asked.machine, asked.selection, running, observer)
         pictures = load_references(request.references)
-        inputs = Inputs(on_picture=save, interruption=interruption, references=pictures)
+        inputs = Inputs(on_picture=save, on_upsampled=show, interruption=interruption, references=pictures)
         try:
             result = engine.run(request, made, inputs, seeds, save_latents=output.save_latents)
         except Interrupted as stopped:
@@ -157,7 +166,7 @@ def go_on(
 
     def save(row: int, picture: torch.Tensor, carried_out: Plan) -> None:
         image = origin.images[row]
-        record = ImageRecord(None, image.seed, image.prompt)
+        record = image.record()
         texts = {}
         if output.metadata:
             whole = carried_out if isinstance(latents, InterruptedRun) else origin.with_decode(carried_out)
@@ -168,7 +177,7 @@ def go_on(
                 )
         name = output.pattern.path(seed=image.seed or 0, index=image.index, model=origin.plan.model)
         path = save_png(to_pil(picture), name, texts)
-        saved.append(ImageRecord(str(path), image.seed, image.prompt))
+        saved.append(replace(record, path=str(path)))
         output.out.print(f"{path}   seed {image.seed}", soft_wrap=True)
 
     with ConsoleObserver(output.err, output.quiet) as observer, Interruption().on_sigint() as interruption:

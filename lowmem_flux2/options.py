@@ -109,6 +109,15 @@ ImageSize = Annotated[
         rich_help_panel=ASK,
     ),
 ]
+CaptionUpsample = Annotated[
+    float | None,
+    typer.Option(
+        "--caption-upsample",
+        metavar="TEMPERATURE",
+        help="Let the text encoder rewrite each prompt first, sampled at this temperature (0.15 is advised); dev only.",
+        rich_help_panel=ASK,
+    ),
+]
 Loras = Annotated[
     list[str] | None,
     typer.Option(

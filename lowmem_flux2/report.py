@@ -47,11 +47,16 @@ class StageMeasure:
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """One picture: its file (None in memory), its seed (None where a generator was given) and its prompt."""
+    """One picture: its file (None in memory), its seed (None where a generator was given) and its prompt.
+
+    ``upsampled_prompt`` is what the text encoder made of the prompt, its sampling seeded with ``upsample_seed``.
+    """
 
     path: str | None
     seed: int | None
     prompt: str
+    upsampled_prompt: str | None = None
+    upsample_seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

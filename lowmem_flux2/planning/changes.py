@@ -67,6 +67,7 @@ class Change:
             text_tokens=defaults.max_sequence_length,
             guidance_passes=guidance_passes(model, defaults.guidance_scale),
             adapters=(),
+            upsample_temperature=self.workload.upsample_temperature if model.form == "dev" else None,
         )
         return replace(self, model=model, workload=workload)
 
@@ -98,6 +99,8 @@ class Change:
             words += ["--image", "{}x{}".format(*reference)]
         if work.guidance_passes != guidance_passes(self.model, defaults.guidance_scale):
             words += ["--guidance", "1" if work.guidance_passes == 1 else "4"]
+        if work.upsample_temperature is not None:
+            words += ["--caption-upsample", f"{work.upsample_temperature!r}"]
         for adapter in work.adapters:
             words += ["--lora", f"{adapter.path}:{adapter.scale!r}"]
         for flag, cap in (("--max-vram", selection.max_vram_bytes), ("--max-ram", selection.max_ram_bytes)):

@@ -7,7 +7,7 @@ to the byte and the nanosecond.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypedDict
 
 from lowmem_flux2.planning.activations import (
@@ -29,6 +29,7 @@ from lowmem_flux2.planning.file_bytes import (
     text_file_bytes,
     transformer_file_bytes,
     vae_file_bytes,
+    writer_file_bytes,
 )
 from lowmem_flux2.planning.flops import (
     CHUNK_OVERHEADS,
@@ -52,6 +53,7 @@ from lowmem_flux2.planning.stage_cost import StageCost
 from lowmem_flux2.planning.step_caches import steps_taken
 from lowmem_flux2.planning.tiles import tiled_pixels_ratio
 from lowmem_flux2.planning.timeline import ROUNDS_SIMULATED, Timeline, nanoseconds, simulate
+from lowmem_flux2.planning.upsampling import NEW_TOKENS, PROMPT_TOKENS, cache_bytes, token_activation_bytes, token_flops
 from lowmem_flux2.planning.workload import Workload
 from lowmem_flux2.units import MIB
 
@@ -123,6 +125,8 @@ class StageWork:
 
 def stage_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardware: Hardware) -> StageWork:
     """All that does not depend on the stage's placements and slots."""
+    if stage.stage == "upsample":
+        return _upsample_work(stage, model, workload, hardware)
     if stage.stage == "encode":
         return _encode_work(stage, model, workload, hardware)
     if stage.stage == "denoise":
@@ -146,8 +150,10 @@ def block_sizes(stage: StagePlan, model: ModelSpec) -> list[int]:
     fmt, dtype_bytes = FORMATS[stage.weight_format], DTYPE_BYTES[stage.compute_dtype]
     if stage.stage in ONE_BY_ONE:
         return []
-    if stage.stage == "encode":
-        return [fmt.block_bytes(model.text_encoder.layer, dtype_bytes)] * model.text_encoder.layers_used
+    if stage.component == "text_encoder":
+        text = model.text_encoder
+        layers = text.num_layers if stage.stage == "upsample" else text.layers_used
+        return [fmt.block_bytes(text.layer, dtype_bytes)] * layers
     dims = model.transformer
     if dims.packed and stage.weight_format == GGUF:
         return [fmt.block_bytes(block, dtype_bytes) for block in dims.blocks]
@@ -194,6 +200,38 @@ def _denoise_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwa
         block_file_bytes=block_file_bytes(stage, model, dims.blocks),
         file_ratio=file_ratio(stage, model),
         other_file_bytes=transformer_file_bytes(model) + kept_bytes(workload.adapters, dtype_bytes),
+    )
+
+
+def _upsample_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardware: Hardware) -> StageWork:
+    """A round is one token of every prompt, the first one with all of the prompt before it; as if none ended early."""
+    fmt, dims, prompts = FORMATS[stage.weight_format], model.text_encoder, stage.batch_size
+    dtype_bytes, padded = DTYPE_BYTES[stage.compute_dtype], replace(workload, text_tokens=PROMPT_TOKENS)
+    flops_of = (token_flops(dims, prompts), layer_flops(model, padded, prompts))
+    token_ns, prompt_ns = (
+        nanoseconds(compute_seconds(hardware, stage.compute_dtype, *flops, fmt, hardware.layer_overheads), 1)
+        for flops in flops_of
+    )
+    before = _before_weights(hardware)
+    before["first_ns"] += dims.num_layers * max(prompt_ns - token_ns, 0)
+    head = fmt.plain_bytes(dims.embedding_weights, dtype_bytes)
+    head_s = 2 * prompts * dims.embedding_weights / compute_rate(hardware, stage.compute_dtype)
+    prompt_bytes = encode_activation_bytes(model, padded, (prompts,), dtype_bytes, fmt)
+    return StageWork(
+        block_bytes=tuple(block_sizes(stage, model)),
+        compute_ns=(token_ns,) * dims.num_layers,
+        between_ns=nanoseconds(head_s + STEP_OVERHEADS * hardware.block_overhead_s, 1),
+        rounds=NEW_TOKENS,
+        **before,
+        kept_bytes=head + fmt.plain_bytes(dims.hidden_size, dtype_bytes),
+        activation_bytes=max(
+            prompt_bytes + cache_bytes(dims, prompts, PROMPT_TOKENS, dtype_bytes),
+            token_activation_bytes(dims, prompts, dtype_bytes),
+        ),
+        passing_bytes=head,
+        block_file_bytes=block_file_bytes(stage, model, (dims.layer,) * dims.num_layers),
+        file_ratio=file_ratio(stage, model),
+        other_file_bytes=writer_file_bytes(model, prompts * (PROMPT_TOKENS + NEW_TOKENS)),
     )
 
 

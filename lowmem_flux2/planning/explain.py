@@ -16,6 +16,7 @@ from lowmem_flux2.planning.cost import stage_cost
 from lowmem_flux2.planning.formats import DTYPE_BYTES
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Placement, Plan
+from lowmem_flux2.planning.upsampling import NEW_TOKENS
 from lowmem_flux2.planning.workload import token_counts
 from lowmem_flux2.units import GIB, format_bytes, format_seconds
 
@@ -55,6 +56,8 @@ def _headline(plan: Plan, model: ModelSpec) -> Text:
     if not plan.decodes_only:
         promise.append(f"weight error {plan.fidelity_error:.2g}" if plan.fidelity_error else "weights exact")
     text.append("predicted: " + ", ".join(promise))
+    if work.upsample_temperature is not None and not plan.decodes_only:
+        text.append(f"\ncaptions upsampled at temperature {work.upsample_temperature:g}: up to {NEW_TOKENS} tokens")
     if plan.workload.references and not plan.decodes_only:
         text.append(f"\n{reference_words(plan, model)}")
     for adapter in work.adapters:

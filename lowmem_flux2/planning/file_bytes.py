@@ -50,6 +50,12 @@ def text_file_bytes(model: ModelSpec, tokens: int) -> int:
     return stored_bytes(model, "text_encoder") * dims.hidden_size * (tokens + dims.taps_last_layer)
 
 
+def writer_file_bytes(model: ModelSpec, tokens: int) -> int:
+    """At most, beside the layers, where the text encoder writes: lm_head, the final norm, a row for each token."""
+    dims = model.text_encoder
+    return stored_bytes(model, "text_encoder") * (dims.embedding_weights + (tokens + 1) * dims.hidden_size)
+
+
 def vae_file_bytes(model: ModelSpec, weights: int) -> int:
     """Of one half of the VAE with so many weights, and of the batch norm's mean, variance and counter."""
     return stored_bytes(model, "vae") * (weights + 2 * model.vae.packed_channels) + COUNTER_BYTES

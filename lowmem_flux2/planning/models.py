@@ -31,6 +31,7 @@ OUT_LAYERS: Final[Mapping[Architecture, tuple[int, ...]]] = {"mistral3": (10, 20
 
 
 _DECODER_LAYER: Final = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_VISION: Final = re.compile(r"vision|multi_modal_projector")
 _NOT_DECODER: Final = re.compile(r"vision|multi_modal_projector|lm_head")
 
 
@@ -223,6 +224,10 @@ class TextEncoderSpec:
         if found := _DECODER_LAYER.search(name):
             return int(found[1]) < self.layers_used
         return name.endswith("embed_tokens.weight") or (self.taps_last_layer and name.endswith("model.norm.weight"))
+
+    def writes_with(self, name: str) -> bool:
+        """Whether making text needs the tensor of this stored name: all but the vision part."""
+        return not _VISION.search(name)
 
     @property
     def joint_dim(self) -> int:

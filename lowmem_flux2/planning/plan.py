@@ -27,11 +27,11 @@ from lowmem_flux2.planning.workload import Workload
 
 SCHEMA_VERSION = 1
 
-Stage = Literal["encode", "reference", "denoise", "decode"]
+Stage = Literal["upsample", "encode", "reference", "denoise", "decode"]
 EVERY_STAGE: tuple[Stage, ...] = get_args(Stage)
 """In the order of a run."""
 STAGES: tuple[Stage, ...] = ("encode", "denoise", "decode")
-"""Of a request without reference images; see ``stages_of``."""
+"""Of every request from prompts; see ``stages_of``."""
 ONE_BY_ONE: tuple[Stage, ...] = ("reference", "decode")
 """Stages of the VAE, which takes one picture at a time, whole or in tiles, and has no blocks to be placed."""
 
@@ -46,6 +46,7 @@ class Placement(StrEnum):
 
 
 COMPONENT_OF: dict[Stage, Component] = {
+    "upsample": "text_encoder",
     "encode": "text_encoder",
     "reference": "vae",
     "denoise": "transformer",
@@ -56,8 +57,11 @@ NON_BLOCK_OF = {stage: Placement.DISK if stage == "encode" else Placement.GPU fo
 
 
 def stages_of(workload: Workload) -> tuple[Stage, ...]:
-    """What a run consists of: reference images are encoded where there are any."""
-    return EVERY_STAGE if workload.references else STAGES
+    """What a run consists of: prompts are upsampled where that is asked for, reference images encoded where there are
+    any."""
+    left_out = {"upsample"} if workload.upsample_temperature is None else set()
+    left_out |= set() if workload.references else {"reference"}
+    return tuple(stage for stage in EVERY_STAGE if stage not in left_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,7 @@ class StagePlan:
     """How one stage runs.
 
     Args:
-        stage, component: encode/text_encoder, reference/vae, denoise/transformer, decode/vae.
+        stage, component: upsample and encode/text_encoder, reference/vae, denoise/transformer, decode/vae.
         weight_format: stored format of the component's weights (a name in ``formats.FORMATS``).
         compute_dtype: of matmuls and activations.
         block_placements: one per block, in the order of use; empty for the VAE, which is always resident in its stage.

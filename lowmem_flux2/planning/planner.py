@@ -158,6 +158,8 @@ def choose(jobs: Mapping[Stage, Job]) -> tuple[dict[Stage, StagePlan], Options]:
     else:
         encode, denoise = (_most_faithful(options[name]) for name in searched)
     chosen = {"encode": encode, "denoise": denoise, **whole}
+    if "upsample" in jobs:  # in one format, which is no reason for any other stage's
+        chosen["upsample"] = _least(options_of(jobs["upsample"], "upsample", value))
     return {name: chosen[name] for name in jobs}, options
 
 

@@ -88,8 +88,12 @@ def _faults(stage: StagePlan, plan: Plan, spec: ModelSpec) -> Iterator[tuple[str
     """(key, value, what it must be) of each field that this model or the executor rules out."""
     name, work = stage.stage, plan.workload
     dims = spec.transformer
-    blocks = {"encode": spec.text_encoder.layers_used, "denoise": dims.num_double + dims.num_single}.get(name, 0)
-    most = {"encode": work.num_prompts, "denoise": work.num_images}.get(name, 1)
+    blocks = {
+        "upsample": spec.text_encoder.num_layers,
+        "encode": spec.text_encoder.layers_used,
+        "denoise": dims.num_double + dims.num_single,
+    }.get(name, 0)
+    most = {"upsample": work.num_prompts, "encode": work.num_prompts, "denoise": work.num_images}.get(name, 1)
     depth = max(stage.slots - 1, 0)
     tiled = name in ONE_BY_ONE and stage.tile_px % TILE_STEP_PX == 0 and 0 <= stage.tile_px <= TILE_MOST_PX
     if stage.component != COMPONENT_OF[name]:
@@ -100,6 +104,8 @@ def _faults(stage: StagePlan, plan: Plan, spec: ModelSpec) -> Iterator[tuple[str
         yield "non_block_placement", stage.non_block_placement, f"this stage has them in {NON_BLOCK_OF[name]}"
     if not 1 <= stage.batch_size <= most:
         yield "batch_size", stage.batch_size, f"1 to {most}"
+    if name == "upsample" and stage.batch_size != most:
+        yield "batch_size", stage.batch_size, f"{most}: all prompts are rewritten together"
     # Without a streamed block slots have no size.
     if stage.slots < 0 or (stage.streamed and not 1 <= stage.slots <= max(blocks, 1)):
         yield "slots", stage.slots, f"{stage.streamed} of {blocks} blocks are streamed, each through a slot"
@@ -114,7 +120,7 @@ def _faults(stage: StagePlan, plan: Plan, spec: ModelSpec) -> Iterator[tuple[str
             f"0, or in a stage of the VAE a multiple of {TILE_STEP_PX} up to {TILE_MOST_PX}",
         )
     plain = not FORMATS[stage.weight_format].is_quantized
-    if (plain or name in ONE_BY_ONE) and stage.weight_format != stage.compute_dtype:
+    if (plain or name == "upsample" or name in ONE_BY_ONE) and stage.weight_format != stage.compute_dtype:
         rest = "unquantized weights rest in the compute dtype" if plain else "the VAE is not quantized"
         yield "weight_format", stage.weight_format, f"{rest}, {stage.compute_dtype}"
 

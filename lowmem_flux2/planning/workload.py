@@ -21,6 +21,7 @@ MAX_IMAGES = 1024
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE = 100
 MAX_TEXT_TOKENS = 2048
+MAX_TEMPERATURE = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Request:
         max_sequence_length: text tokens, padded to exactly this length.
         references: pictures that all images of the run are made after, in the order that the prompt counts them.
         loras: added to the transformer while it runs.
+        caption_upsample_temperature: of the prompts' rewriting by the text encoder; None for the prompts as they are.
     """
 
     prompts: tuple[str, ...]
@@ -49,6 +51,7 @@ class Request:
     max_sequence_length: int
     references: tuple[Reference, ...] = ()
     loras: tuple[Lora, ...] = ()
+    caption_upsample_temperature: float | None = None
 
     @property
     def num_images(self) -> int:
@@ -62,7 +65,7 @@ class Workload:
     ``image_tokens`` is (height / 16) x (width / 16) for FLUX.2; ``guidance_passes`` is 2 where the model is not
     distilled, has no embedded guidance and guidance_scale > 1. ``references`` are (width, height) in pixels of each
     reference image, after preprocessing; ``reference_tokens`` are those of all together. ``adapters`` are the request's
-    LoRAs, but for those of scale 0.
+    LoRAs, but for those of scale 0. ``upsample_temperature`` is None where prompts are not upsampled.
     """
 
     width: int
@@ -76,6 +79,7 @@ class Workload:
     guidance_passes: int
     references: tuple[tuple[int, int], ...] = ()
     adapters: tuple[Adapter, ...] = ()
+    upsample_temperature: float | None = None
 
     @property
     def sequence_tokens(self) -> int:
@@ -114,6 +118,7 @@ def workload_of(request: Request, model: ModelSpec) -> Workload:
         guidance_passes=guidance_passes(model, request.guidance_scale),
         references=sizes,
         adapters=adapters_of(request.loras, model),
+        upsample_temperature=request.caption_upsample_temperature,
     )
 
 
@@ -141,6 +146,7 @@ def make_request(
     max_sequence_length: int | None = None,
     references: tuple[Reference, ...] = (),
     loras: tuple[Lora, ...] = (),
+    caption_upsample_temperature: float | None = None,
 ) -> Request:
     """Fill in the model's defaults and check everything that can be checked before any heavy work.
 
@@ -196,7 +202,27 @@ def make_request(
         max_sequence_length=length,
         references=references,
         loras=loras,
+        caption_upsample_temperature=_checked_temperature(caption_upsample_temperature, model, len(references)),
     )
+
+
+def _checked_temperature(temperature: float | None, model: ModelSpec, references: int) -> float | None:
+    """None for 0 too, as in the stock pipeline."""
+    if not temperature:
+        return None
+    if not 0 < temperature <= MAX_TEMPERATURE:
+        raise UsageError(f"caption upsampling: the temperature must be above 0 and at most {MAX_TEMPERATURE}; try 0.15")
+    if model.form != "dev":
+        raise UsageError(
+            f"caption upsampling: {model.name} is of the klein form, whose pipeline has none; rewrite the prompt "
+            "elsewhere, or take flux2-dev"
+        )
+    if references:
+        raise UsageError(
+            "caption upsampling with reference images is not in this version: its vision part is not run here; leave "
+            "one of the two out"
+        )
+    return float(temperature)
 
 
 def image_seeds(seed: int | None, count: int) -> list[int]:

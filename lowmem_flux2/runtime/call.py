@@ -44,7 +44,6 @@ def check_stock(
     return_dict: bool,
     attention_kwargs: Mapping[str, Any] | None,
     text_encoder_out_layers: Sequence[int] | None,
-    caption_upsample_temperature: float | None,
 ) -> None:
     """Arguments of the stock pipelines that this engine takes only at the value they have anyway.
 
@@ -53,8 +52,6 @@ def check_stock(
     """
     if not return_dict:
         raise UsageError("return_dict=False: generate returns a Generation; the stock tuple is (its images,)")
-    if caption_upsample_temperature is not None:
-        raise UsageError("caption_upsample_temperature: captions are not upsampled in this version; leave it out")
     kwargs = dict(attention_kwargs or {})
     if kwargs.pop("scale", 1.0) != 1.0:
         raise UsageError("attention_kwargs: 'scale' is that of LoRA weights: give each LoRA its own scale instead")

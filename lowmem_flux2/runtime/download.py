@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem_flux2.errors import CheckpointMissing, DoesNotFit
-from lowmem_flux2.planning.models import Component, ModelSpec
+from lowmem_flux2.planning.models import Component
 from lowmem_flux2.planning.sources import ModelSource, SingleFile, explain_hub_error, hub_client, resolve_model
-from lowmem_flux2.planning.weight_files import read_index
+from lowmem_flux2.planning.weight_files import component_headers, read_index
 
 _PARTS = ("scheduler/*", "tokenizer/*", "transformer/*", "text_encoder/*", "vae/*", "*.json")
 _PICKLES = ("*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.onnx")
@@ -38,7 +38,7 @@ class _Wanted:
     repo_id: str
     revision: str | None
     patterns: tuple[str, ...]
-    spec: ModelSpec
+    needs: Callable[[Component, str], bool]
 
 
 def with_weights(source: ModelSource, *, offline: bool) -> ModelSource:
@@ -59,7 +59,7 @@ def with_weights(source: ModelSource, *, offline: bool) -> ModelSource:
         raise CheckpointMissing(
             f"{source.spec.source} has configs but no weights; plan it, or give a folder with weights"
         )
-    _fetch(_Wanted(source.repo_id, source.revision, _PARTS, source.spec), offline)
+    _fetch(_Wanted(source.repo_id, source.revision, _PARTS, source.spec.needs), offline)
     found = resolve_model(source.name, revision=source.revision, offline=True)
     if found.folder is None:
         raise CheckpointMissing(
@@ -68,10 +68,29 @@ def with_weights(source: ModelSource, *, offline: bool) -> ModelSource:
     return found
 
 
+def with_whole_text_encoder(source: ModelSource, *, offline: bool) -> ModelSource:
+    """A source with a folder, its text encoder with all that writes text: every layer and lm_head.
+
+    Raises:
+        CheckpointMissing, CheckpointAccess, DoesNotFit: as ``with_weights``.
+    """
+    assert source.folder is not None
+    writes = source.spec.text_encoder.writes_with
+    try:
+        component_headers(source.folder / "text_encoder", writes)
+    except CheckpointMissing:
+        if source.repo_id is None:
+            raise
+        patterns = ("text_encoder/*", "*.json")
+        _fetch(_Wanted(source.repo_id, source.revision, patterns, lambda _, name: writes(name)), offline)
+        component_headers(source.folder / "text_encoder", writes)
+    return source
+
+
 def _with_parts(source: ModelSource, single: SingleFile, offline: bool) -> ModelSource:
     """A single file's source with the parts that were on the hub only."""
     for part in single.missing:
-        _fetch(_Wanted(part.repo_id, None, _FILES_OF[part.component], source.spec), offline)
+        _fetch(_Wanted(part.repo_id, None, _FILES_OF[part.component], source.spec.needs), offline)
     found = resolve_model(
         str(single.file), offline=True, text_encoder=single.text_encoder, vae=single.vae, cache=single.cache
     )
@@ -125,7 +144,7 @@ def _needed(wanted: _Wanted) -> list[str]:
         if file.name.startswith("text_encoder/") and file.name.endswith(".index.json"):
             index = hf_hub_download(wanted.repo_id, file.name, revision=wanted.revision)
             places = read_index(Path(index))
-            used = {shard for tensor, shard in places.items() if wanted.spec.needs("text_encoder", tensor)}
+            used = {shard for tensor, shard in places.items() if wanted.needs("text_encoder", tensor)}
             unused |= {f"text_encoder/{shard}" for shard in set(places.values()) - used}
     files = [file for file in files if file.name not in unused]
     folder = Path(HF_HUB_CACHE)

@@ -109,7 +109,7 @@ class TextEncoder:
         self._device = device
         self._dtype = DTYPES[stage.compute_dtype]
         self._warn = warn
-        self._tokenizer = _tokenizer(folder / "tokenizer") if tokenizer is None else tokenizer
+        self._tokenizer = load_tokenizer(folder / "tokenizer") if tokenizer is None else tokenizer
         self._decoder = text_decoder_on_meta(folder / "text_encoder", model)
         with ExitStack() as undo:
             self._files = weights.open("text_encoder")
@@ -184,7 +184,7 @@ class TextEncoder:
         return masks
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder, and nowhere else.
 
     Raises:

@@ -23,7 +23,7 @@ from lowmem_flux2.runtime.cache import prompt_cache_limit
 from lowmem_flux2.runtime.call import check_alone, check_stock, check_together, rounded
 from lowmem_flux2.runtime.denoise import Generators
 from lowmem_flux2.runtime.device import torch_device
-from lowmem_flux2.runtime.download import with_weights
+from lowmem_flux2.runtime.download import with_weights, with_whole_text_encoder
 from lowmem_flux2.runtime.generation import Generation, GenerationJob, carry_out
 from lowmem_flux2.runtime.images import OutputType
 from lowmem_flux2.runtime.inputs import Inputs, check_inputs
@@ -34,6 +34,7 @@ from lowmem_flux2.runtime.observer import Observer, Silent
 from lowmem_flux2.runtime.reference_images import prepare_references
 from lowmem_flux2.runtime.running import Running
 from lowmem_flux2.runtime.step_hook import StepCallback, StepHook
+from lowmem_flux2.runtime.upsample import seed_of
 from lowmem_flux2.units import parse_bytes
 
 __all__ = ["Engine", "Generation"]
@@ -175,6 +176,7 @@ class Engine:
         max_sequence_length: int | None = None,
         references: tuple[Reference, ...] = (),
         loras: Sequence[LoraLike] | None = None,
+        caption_upsample_temperature: float | None = None,
     ) -> Request:
         """A checked request with the model's defaults. Sizes are rounded down, with a warning, as in diffusers."""
         multiple = self._source.spec.size_multiple
@@ -190,6 +192,7 @@ class Engine:
             max_sequence_length=max_sequence_length,
             references=references,
             loras=self._loras if loras is None else lora_files(loras),
+            caption_upsample_temperature=caption_upsample_temperature,
         )
 
     def generate(
@@ -233,8 +236,7 @@ class Engine:
             image: reference images, up to ten: a PIL image, a path, an array (h, w, channels) or a tensor
                 (channels, h, w) in [0, 1] or in 8 bits, a batch of these, or a list.
             image_size: reduces them to at most so many pixels squared; 1024 if not given, as the stock pipelines do.
-            return_dict, attention_kwargs, text_encoder_out_layers, caption_upsample_temperature: taken at the values
-                that they have anyway.
+            return_dict, attention_kwargs, text_encoder_out_layers: taken at the values that they have anyway.
             callback_on_step_end: see ``runtime.step_hook.StepCallback``.
             seed: image i uses a generator of its own with ``seed + i``; drawn at random where neither seed, generator
                 nor latents are given. Every seed is in the result.
@@ -256,13 +258,12 @@ class Engine:
         hook = None
         if callback_on_step_end is not None:
             hook = StepHook(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
-        stock = (return_dict, attention_kwargs, text_encoder_out_layers, caption_upsample_temperature)
-        check_stock(self._source.spec, *stock)
+        check_stock(self._source.spec, return_dict, attention_kwargs, text_encoder_out_layers)
         if from_latents is not None:
             asked = (prompt, image, image_size, negative_prompt, height, width, num_inference_steps, sigmas)
             given = (guidance_scale, generator, seed, latents, prompt_embeds, negative_prompt_embeds, plan)
             several = None if num_images_per_prompt == 1 else num_images_per_prompt
-            check_alone(*asked, *given, save_latents, max_sequence_length, several, loras)
+            check_alone(*asked, *given, save_latents, max_sequence_length, several, loras, caption_upsample_temperature)
             saved, name = from_latents, "the latents"
             if isinstance(saved, str | Path):
                 saved, name = read_saved(Path(saved)), str(saved)
@@ -273,6 +274,8 @@ class Engine:
         check_together(prompt, prompt_embeds, generator, seed, latents, output_type)
         if sigmas is not None and num_inference_steps is None:
             num_inference_steps = len(sigmas)
+        if caption_upsample_temperature and prompt is None:
+            raise UsageError("caption_upsample_temperature: there is no prompt to upsample, only its embeddings")
         if prompt is None:
             assert prompt_embeds is not None
             if prompt_embeds.ndim != 3:
@@ -291,6 +294,7 @@ class Engine:
             max_sequence_length=max_sequence_length,
             references=references,
             loras=loras,
+            caption_upsample_temperature=caption_upsample_temperature,
         )
         seeds: tuple[int | None, ...] = (None,) * request.num_images
         if generator is None and latents is None:
@@ -374,6 +378,8 @@ class Engine:
         numbers = [number for number in seeds if number is not None]
         if numbers:
             inputs = replace(inputs, generators=[torch.Generator().manual_seed(number) for number in numbers])
+        if request.caption_upsample_temperature is not None:
+            inputs = replace(inputs, upsample_seed=seed_of(inputs.generators))
         prompts = [text for text in request.prompts for _ in range(request.num_images_per_prompt)]
         images = tuple(LatentImage(at, *pair) for at, pair in enumerate(zip(seeds, prompts, strict=True)))
         return self._carry_out(GenerationJob(request, plan, inputs, images, output_type, save_latents))
@@ -385,6 +391,9 @@ class Engine:
             missing = "; ".join(job.plan.not_executable)
             raise NotExecutable(f"this plan needs what this version cannot carry out yet: {missing}")
         self._source = with_weights(self._source, offline=self._running.offline)
+        is_upsampled = job.request.caption_upsample_temperature is not None and job.inputs.prompt_embeds is None
+        if is_upsampled and job.resumed is None:
+            self._source = with_whole_text_encoder(self._source, offline=self._running.offline)
         return carry_out(job, self._source, self._running, self._observer)
 
 

@@ -23,6 +23,7 @@ from lowmem_flux2.planning.ladder import Resource
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Plan, Stage, StagePlan
 from lowmem_flux2.planning.step_caches import computed_blocks
+from lowmem_flux2.planning.upsampling import NEW_TOKENS
 from lowmem_flux2.planning.workload import Request
 from lowmem_flux2.report import StageMeasure
 from lowmem_flux2.runtime.decode import Decoder
@@ -43,6 +44,7 @@ from lowmem_flux2.runtime.recovery import (
 )
 from lowmem_flux2.runtime.reference_encoder import ReferenceEncoder, joined
 from lowmem_flux2.runtime.references import References
+from lowmem_flux2.runtime.upsample import Upsampler
 from lowmem_flux2.runtime.weights import Weights
 
 
@@ -127,6 +129,7 @@ class Executor:
         self._interruption = inputs.interruption or self._interruption
         packed = inputs.packed
         if packed is None:
+            request = self._upsample(request, inputs)
             embeds, negative = self._encode(request, inputs)
             if inputs.result == "embeddings":
                 return self._outcome
@@ -139,6 +142,24 @@ class Executor:
         return self._outcome
 
     # -------------------------------------------------------------------------------------------------- stages
+
+    def _upsample(self, request: Request, inputs: Inputs) -> Request:
+        """The request with the prompts that the text encoder makes of its own, where that is asked for."""
+        temperature = request.caption_upsample_temperature
+        if temperature is None or inputs.prompt_embeds is not None:
+            return request
+        made: list[str] = []
+
+        def attempt(stage: StagePlan, loaded: Callable[[], None]) -> None:
+            arguments = (self._folder, stage, self._device, self._event, self._weights)
+            with closing(Upsampler(*arguments)) as upsampler:
+                loaded()
+                made.extend(upsampler.upsample(request.prompts, temperature, inputs.upsample_seed, self._stepped))
+
+        self._climb("upsample", NEW_TOKENS, attempt)
+        if inputs.on_upsampled is not None:
+            inputs.on_upsampled(tuple(made))
+        return replace(request, prompts=tuple(made))
 
     def _encode(self, request: Request, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One row of embeddings an image, for each guidance pass."""

@@ -17,7 +17,7 @@ from lowmem_flux2.planning.ladder import Resource, next_format, next_rung
 from lowmem_flux2.planning.plan import Plan, Stage
 from lowmem_flux2.planning.sources import ModelSource
 from lowmem_flux2.planning.workload import Request
-from lowmem_flux2.report import ImageRecord, Report
+from lowmem_flux2.report import Report
 from lowmem_flux2.runtime.device import torch_device
 from lowmem_flux2.runtime.executor import Executor
 from lowmem_flux2.runtime.images import OutputType, images_of
@@ -97,7 +97,21 @@ def carry_out(job: GenerationJob, source: ModelSource, running: Running, observe
         inputs = replace(inputs, result="packed_latents" if source.spec.form == "dev" else "vae_latents")
     if job.interrupted is not None:
         check_interrupted(job.interrupted, source, job.resumed_name)
-    if inputs.packed is None and running.prompt_cache_bytes:
+    images = job.images
+
+    def upsampled(prompts: tuple[str, ...]) -> None:
+        nonlocal images
+        repeats = job.request.num_images_per_prompt
+        images = tuple(
+            replace(image, upsampled_prompt=prompts[at // repeats], upsample_seed=job.inputs.upsample_seed)
+            for at, image in enumerate(images)
+        )
+        if job.inputs.on_upsampled is not None:
+            job.inputs.on_upsampled(prompts)
+
+    inputs = replace(inputs, on_upsampled=upsampled)
+    is_upsampled = job.request.caption_upsample_temperature is not None
+    if inputs.packed is None and running.prompt_cache_bytes and not is_upsampled:
         device = torch_device(running.device)
         cache = PromptCache.of(source, plan, device, running.cache, running.prompt_cache_bytes, event)
         plan, inputs = with_known_prompts(cache, source, plan, job.request, inputs)
@@ -118,7 +132,7 @@ def carry_out(job: GenerationJob, source: ModelSource, running: Running, observe
         return lower
 
     def saved(packed: torch.Tensor, carried_out: Plan) -> SavedLatents:
-        return job.resumed or saved_latents(source, job.request, carried_out, job.images, packed, weights)
+        return job.resumed or saved_latents(source, job.request, carried_out, images, packed, weights)
 
     def save(packed: torch.Tensor, carried_out: Plan) -> None:
         assert job.save_latents is not None
@@ -139,14 +153,14 @@ def carry_out(job: GenerationJob, source: ModelSource, running: Running, observe
             raise DecodeFailed(error, saved(packed, executor.plan).after(done), next(iter(written), None)) from error
         if isinstance(error, Interrupted) and executor.under_way is not None:
             sigmas = None if inputs.sigmas is None else tuple(inputs.sigmas)
-            arguments = (source, job.request, executor.plan, job.images, executor.under_way, sigmas)
+            arguments = (source, job.request, executor.plan, images, executor.under_way, sigmas)
             raise Interrupted(str(error), interrupted_run(*arguments)) from error
         raise
     report = Report(
         executor.plan,
         tuple(outcome.measures),
         (*events, *outcome.events),
-        tuple(ImageRecord(None, image.seed, image.prompt) for image in job.images),
+        tuple(image.record() for image in images),
         versions(),
         cached_prompts=tuple(dict.fromkeys(prompt for batch in inputs.known for prompt in batch)),
         machine=identify(running.device),

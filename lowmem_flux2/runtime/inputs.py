@@ -41,6 +41,10 @@ class Inputs:
     """Pictures (height, width, 3) in 8 bits, of the sizes that the request has."""
     encoded_references: References | None = None
     """The same, encoded already."""
+    upsample_seed: int = 0
+    """Of the sampling of upsampled captions."""
+    on_upsampled: Callable[[tuple[str, ...]], None] | None = None
+    """Told of the prompts that the text encoder made of the request's."""
     result: Wanted = "pictures"
     known: Mapping[Batch, torch.Tensor] = field(default_factory=dict)
     """Embeddings of batches of prompts from the prompt cache: equal to those that the encoder would make."""

@@ -22,6 +22,7 @@ from lowmem_flux2.planning.plan import Plan, stages_of
 from lowmem_flux2.planning.selection import Selection, runs_on
 from lowmem_flux2.planning.sources import ModelSource
 from lowmem_flux2.planning.workload import Request
+from lowmem_flux2.report import ImageRecord
 from lowmem_flux2.runtime.checked import Damaged, read_checked, write_checked
 from lowmem_flux2.runtime.newfile import write_new
 from lowmem_flux2.runtime.versions import versions
@@ -35,11 +36,18 @@ SAME_VAE_TOLERANCE = 0.02
 
 @dataclass(frozen=True, slots=True)
 class LatentImage:
-    """One image of a latents file: its number in the run that made it, its seed and its prompt."""
+    """One image of a latents file: its number in the run that made it, its seed and its prompt; what the text encoder
+    made of that, where it was upsampled, and by which seed."""
 
     index: int
     seed: int | None
     prompt: str
+    upsampled_prompt: str | None = None
+    upsample_seed: int | None = None
+
+    def record(self, path: str | None = None) -> ImageRecord:
+        """What a report or a PNG says of it."""
+        return ImageRecord(path, self.seed, self.prompt, self.upsampled_prompt, self.upsample_seed)
 
 
 @dataclass(frozen=True, slots=True)

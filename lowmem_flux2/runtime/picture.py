@@ -118,6 +118,9 @@ def describe(
         "plan": plan.digest,
         "versions": " ".join(f"{name}=={version}" for name, version in versions.items()),
     }
+    if record.upsampled_prompt is not None:
+        texts["upsampled_prompt"] = record.upsampled_prompt
+        texts["caption_upsample"] = f"temperature {plan.workload.upsample_temperature:g}, seed {record.upsample_seed}"
     if plan.workload.adapters:
         texts["lora"] = ", ".join(map(str, plan.workload.adapters))
     if request.references:

@@ -97,6 +97,7 @@ def rung_words(current: StagePlan, lower: StagePlan) -> str:
 def last_rung(name: Stage, failure: Exhausted) -> str:
     """What is wrong and what to do, where no plan has a lower peak."""
     advice = {
+        "upsample": "or upsample fewer prompts at a time",
         "encode": "or take a smaller --text-weight-format",
         "reference": "or reduce the reference images with --image-size",
         "denoise": "or ask for a smaller picture, a smaller --weight-format, or allow one with --allow-format-change",

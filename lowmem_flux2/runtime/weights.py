@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from lowmem_flux2.planning.formats import GGUF
+from lowmem_flux2.planning.formats import FORMATS, GGUF
 from lowmem_flux2.planning.headers import FileHeader
 from lowmem_flux2.planning.models import Component
 from lowmem_flux2.planning.plan import StagePlan
@@ -94,5 +94,6 @@ class CheckpointWeights:
         dtype = DTYPES[stage.compute_dtype]
         if stage.weight_format == GGUF:
             return packed_sources(blocks, tensors, dtype)
-        store = self.stores.get(stage.component)
+        is_stored = FORMATS[stage.weight_format].is_quantized  # of one component another stage's format may be
+        store = self.stores.get(stage.component) if is_stored else None
         return store.sources(blocks, stage.weight_format) if store else blocks.sources(tensors, dtype)
