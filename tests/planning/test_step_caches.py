@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -185,3 +186,16 @@ def test_automatic_is_ordered_from_the_most_faithful() -> None:
     assert [fidelity_of_cache(cache, 20)[0] for cache in caches] == sorted(
         fidelity_of_cache(cache, 20)[0] for cache in caches
     )
+
+
+def test_measured_figures_are_those_of_the_result_file() -> None:
+    file = Path(__file__).parents[2] / "benchmarks" / "results" / "fidelity-shapes.json"
+    rows = {row["name"]: row for row in json.loads(file.read_text())["results"]}
+    named: dict[str, StepCache] = {**PRESETS, "taylor 6": Taylor(interval=6, warmup=3)}
+    named |= {f"first-block {threshold}": FirstBlock(threshold=threshold) for threshold in (0.1, 0.2, 0.3)}
+    named["first-block 0.2, order 0"] = FirstBlock(threshold=0.2, order=0)
+    assert set(named.values()) == set(MEASURED)
+    for name, cache in named.items():
+        row = rows[f"step cache {name}"]
+        error, decibels = row["latents_error_worst"], row["psnr_db_worst"]
+        assert MEASURED[cache] == (round(error, 4), round(decibels, 1))
