@@ -28,19 +28,33 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     asked = parser.parse_args()
     errors: dict[str, list[float]] = {}
-    for case in random_cases(asked.count, asked.seed):
+    misses: list[str] = []
+    for number, case in enumerate(random_cases(asked.count, asked.seed), start=1):
         for each in compare_case(case):
             errors.setdefault(each.stage, []).append(abs(each.device_error))
             if abs(each.device_error) > TOLERANCE:
-                print(f"{each.stage} {each.device_error:+.2%}: {case}")
+                misses.append(f"{each.stage} {each.device_error:+.2%}: {case}")
+                print(misses[-1], flush=True)
+        if number % 20 == 0:
+            _record(asked.out, asked.seed, number, errors, misses)
+            print(f"{number} cases", flush=True)
+    stages = _record(asked.out, asked.seed, asked.count, errors, misses)
+    for stage, told in stages.items():
+        print(f"{stage}: median {told['median']:.2%}, worst {told['worst']:.2%} of {told['cases']}")
+
+
+def _record(
+    out: Path, seed: int, count: int, errors: dict[str, list[float]], misses: list[str]
+) -> dict[str, dict[str, float]]:
+    """What is known after ``count`` cases."""
     stages = {
         stage: {"cases": len(found), "median": statistics.median(found), "worst": max(found)}
         for stage, found in errors.items()
     }
-    for stage, told in stages.items():
-        print(f"{stage}: median {told['median']:.2%}, worst {told['worst']:.2%} of {told['cases']}")
-    record = {"date": datetime.now(UTC).date().isoformat(), "seed": asked.seed, "count": asked.count, "stages": stages}
-    write_atomically(asked.out, json.dumps(record, indent=2) + "\n")
+    date = datetime.now(UTC).date().isoformat()
+    record = {"date": date, "seed": seed, "count": count, "stages": stages, "beyond_3_percent": misses}
+    write_atomically(out, json.dumps(record, indent=2) + "\n")
+    return stages
 
 
 if __name__ == "__main__":
