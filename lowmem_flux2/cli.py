@@ -215,6 +215,34 @@ def plan(
 
 
 @app.command()
+@flattened
+def simulate(
+    flags: RequestFlags,
+    fit: FitFlags,
+    every_block: Annotated[
+        bool, typer.Option("--every-block", help="Run all blocks, layers and tiles, not only those that differ.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+) -> None:
+    """Run a plan's stages on fake tensors, full-size and without weights: simulated beside predicted bytes.
+
+    lowmem-flux2 simulate -m flux2-klein-4b --profile rtx-3060-12gb
+    """
+    if flags.caption_upsample is not None:
+        raise UsageError("--caption-upsample is not simulated: its stage grows by a token a round; leave it out")
+    prompts = read_prompts(flags.prompt, flags.prompt_file)
+    asked = resolve(flags, fit, selection_of(fit), prompts, without_prompt="(no prompt)")
+    made = plan_job(asked.source, asked.machine, asked.request, asked.selection)
+    from lowmem_flux2.simulating import compare, table_of
+
+    found = compare(made, asked.source.spec, asked.source.configs, every_block=every_block)
+    if as_json:
+        sys.stdout.write(json.dumps([each.to_json() for each in found], indent=2) + "\n")
+    else:
+        out.print(table_of(found))
+
+
+@app.command()
 def prepare(
     model: opt.Model = None,
     text_encoder: opt.TextEncoder = None,

@@ -376,3 +376,13 @@ def test_version(run: Run) -> None:
     from lowmem_flux2 import __version__
 
     assert __version__ in run("--version").out
+
+
+def test_simulated_bytes_come_beside_predicted_ones(run: Run) -> None:
+    ran = run("simulate", "--profile", "cpu", "--json")
+    assert ran.code == 0, ran
+    stages = json.loads(ran.out)
+    assert [stage["stage"] for stage in stages] == ["encode", "denoise", "decode"]
+    for stage in stages:  # some norms of a kilobyte are not counted, which tells in so small a model
+        assert stage["predicted"]["device"] == pytest.approx(stage["simulated"]["device"], abs=16 << 10, rel=0.02)
+    _fails(run("simulate", "--caption-upsample", "0.15"), 2, "not simulated")
