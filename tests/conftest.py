@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["COLUMNS"] = "200"  # consoles are made at import, by whichever test is first
 os.environ["LOWMEM_FLUX2_PROMPT_CACHE"] = "off"  # tests of encoding encode; those of the cache turn it on
 
 
