@@ -291,6 +291,7 @@ def _reference_work(stage: StagePlan, model: ModelSpec, workload: Workload, hard
         rounds=count,
         **_before_weights(hardware),
         kept_bytes=fmt.plain_bytes(vae.encoder_weights, dtype_bytes),
+        passing_bytes=fmt.plain_bytes(vae.largest_encoder_weights, dtype_bytes),
         activation_bytes=reference_activation_bytes(vae, workload.references, stage.tile_px, dtype_bytes),
         result_bytes=reference_host_bytes(vae, workload, dtype_bytes, hardware.device == "cpu"),
         other_file_bytes=vae_file_bytes(model, vae.encoder_weights),

@@ -266,6 +266,11 @@ class VaeSpec:
         return prod(self.patch_size) * self.latent_channels
 
     @property
+    def largest_encoder_weights(self) -> int:
+        """Of one convolution of 3 x 3, the widest to itself: no tensor of the encoder is larger."""
+        return 9 * max(self.block_out_channels) ** 2
+
+    @property
     def encoder_weights(self) -> int:
         """Encoder and quant_conv: needed for reference images only."""
         widths, moments = self.block_out_channels, 2 * self.latent_channels
