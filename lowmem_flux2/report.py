@@ -58,6 +58,11 @@ class ImageRecord:
     upsampled_prompt: str | None = None
     upsample_seed: int | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """Without the last two where the prompt was taken as it is."""
+        named = asdict(self)
+        return {key: value for key, value in named.items() if value is not None or not key.startswith("upsample")}
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -110,7 +115,7 @@ class Report:
             },
             "events": list(self.events),
             "cached_prompts": list(self.cached_prompts),
-            "images": [asdict(image) for image in self.images],
+            "images": [image.to_json() for image in self.images],
             "references": [asdict(reference) for reference in self.references],
             "versions": dict(self.versions),
             "machine": None if self.machine is None else asdict(self.machine),
