@@ -260,9 +260,9 @@ def test_a_cut_model_has_the_peaks_of_the_whole_one(form: str, on_host: bool, fo
 
 
 def test_a_cut_model_of_full_size_has_the_peaks_of_the_whole_one() -> None:
-    """Dev's 56 blocks and 30 layers, and what the plan says of them, to the byte."""
-    source = resolve_model("flux2-dev")
-    plan = plan_job(source, resolve_machine("rtx-4090-24gb", "auto"), make_request(source.spec, ("x",)), Selection())
+    """klein-4b's 25 blocks and 27 layers, and what the plan says of them, to the byte."""
+    source = resolve_model("flux2-klein-4b")
+    plan = plan_job(source, resolve_machine("rtx-3060-12gb", "auto"), make_request(source.spec, ("x",)), Selection())
     cut, whole = (
         [
             simulate_stage(
