@@ -31,7 +31,7 @@ KINDS = (("fp32", "resident"), ("fp32", "disk"), ("int8", "disk"), ("nf4", "page
 """Weight formats and placements in turn: five, so that each comes with each of the two models."""
 WARM_UP = 2 * len(KINDS)
 """Jobs that do not count: each model in each kind for the first time imports, prepares and fills pools."""
-GOAL_BYTES = 16 << 10
+GOAL_BYTES = 8 << 10
 """A job may leave this behind: less than its prompt's embeddings, the smallest tensor of a job that would matter."""
 
 

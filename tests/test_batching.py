@@ -11,9 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import loras
 import numpy as np
 import pytest
 import torch
+from command_line import Run, runner, signals_in
 from PIL import Image
 
 from lowmem_flux2.planning.sources import resolve_model
@@ -36,32 +35,12 @@ LINES: list[dict[str, Any]] = [
 NAMES = {"out_7.png", "out_8.png", "out_9.png", "out_100.png", "out_101.png", "out_12.png", "out_13.png"}
 
 
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    from lowmem_flux2 import cli
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     torch.set_num_threads(1)
-
-    def go(*arguments: str) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["lowmem-flux2", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capfd.readouterr()
-        return Ran(int(stopped.value.code or 0), captured.out, captured.err)
-
-    return go
+    return runner(monkeypatch, capfd)
 
 
 def write_lines(*lines: dict[str, Any], name: str = "p.jsonl") -> None:
@@ -197,19 +176,6 @@ def test_a_line_has_its_own_reference_images(run: Run, tiny_dev: Path, monkeypat
         flags = [word for name in names for word in ("--image", name)]
         assert run(*plain, *flags, "-o", f"one_{index}.png").code == 0
         assert Path(f"one_{index}.png").read_bytes() == Path(f"out_{index}.png").read_bytes()
-
-
-def signals_in(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int, signals: int = 1) -> None:
-    before, calls = getattr(owner, name), []
-
-    def signalled(*arguments: Any, **named: Any) -> Any:
-        calls.append(1)
-        if len(calls) == call:
-            for _ in range(signals):
-                os.kill(os.getpid(), signal.SIGINT)
-        return before(*arguments, **named)
-
-    monkeypatch.setattr(owner, name, signalled)
 
 
 def test_a_batch_is_interrupted_again_and_again(

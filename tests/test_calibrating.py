@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import log
 from pathlib import Path
 from statistics import median
 
 import pytest
+from command_line import Run, runner
 
 from lowmem_flux2.planning.detect import calibration_path, detect, identify
 from lowmem_flux2.planning.fit import accuracy, fit
@@ -19,20 +18,9 @@ from lowmem_flux2.planning.hardware import check_profile
 from lowmem_flux2.planning.identity import Identity
 
 
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """Run the command line in this process, in an empty folder, measuring at the shapes of a toy."""
-    from lowmem_flux2 import cli
     from lowmem_flux2.runtime import measurements, transfers
 
     monkeypatch.chdir(tmp_path)
@@ -41,15 +29,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     monkeypatch.setattr(transfers, "COPY_BYTES", 1 << 22)
     monkeypatch.setattr(transfers, "READ_BYTES", 1 << 22)
     monkeypatch.setattr(transfers, "LEAST_FILE_BYTES", 1 << 23)
-
-    def go(*arguments: str) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["lowmem-flux2", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return Ran(int(stopped.value.code or 0), captured.out, captured.err)
-
-    return go
+    return runner(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

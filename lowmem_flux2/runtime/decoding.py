@@ -13,6 +13,7 @@ import torch
 from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning.gguf_header import BLOCKS
 from lowmem_flux2.planning.stored import Place, StoredTensor
+from lowmem_flux2.runtime.quantize import gguf_values
 from lowmem_flux2.runtime.rawfile import RawFile
 
 TORCH_DTYPES = {
@@ -75,15 +76,6 @@ def _gguf(tensor: StoredTensor, opened: Open, first: int, rows: int, direct: boo
     raw = torch.empty(rows * blocks_a_row * size, dtype=torch.uint8)
     opened(tensor.place).read_into(raw, tensor.place.offset + first * blocks_a_row * size, direct)
     return gguf_values(kind, raw.view(-1, size), torch.float32).reshape(-1)
-
-
-def gguf_values(kind: str, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(blocks, bytes) uint8 -> (blocks, weights) in ``dtype``, by diffusers' own arithmetic."""
-    from diffusers.quantizers.gguf.utils import dequantize_functions
-    from gguf import GGMLQuantizationType
-
-    values: torch.Tensor = dequantize_functions[GGMLQuantizationType[kind]](blocks, *BLOCKS[kind], dtype)
-    return values
 
 
 def _bnb4(tensor: StoredTensor, opened: Open, first: int, rows: int, direct: bool) -> torch.Tensor:

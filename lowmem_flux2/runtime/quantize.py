@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from lowmem_flux2.planning.formats import NF4_BLOCK, NF4_NESTED_BLOCK, group_size
+from lowmem_flux2.planning.gguf_header import BLOCKS
 from lowmem_flux2.runtime.int8_matmul import int8_linear
 
 PIECE_WEIGHTS = 1 << 18
@@ -361,6 +362,15 @@ def _nf4_cells() -> tuple[torch.Tensor, torch.Tensor]:
 def _cell(values: torch.Tensor) -> torch.Tensor:
     """Which cell values of [-1, 1] lie in. Never decreases with the value, whatever is rounded."""
     return ((values + 1) * ((CELLS - 1) / 2)).to(torch.int32)
+
+
+def gguf_values(kind: str, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(blocks, bytes) uint8 -> (blocks, weights) in ``dtype``, by diffusers' own arithmetic."""
+    from diffusers.quantizers.gguf.utils import dequantize_functions
+    from gguf import GGMLQuantizationType
+
+    values: torch.Tensor = dequantize_functions[GGMLQuantizationType[kind]](blocks, *BLOCKS[kind], dtype)
+    return values
 
 
 STORED: dict[str, type[StoredLinear]] = {

@@ -31,8 +31,8 @@ from lowmem_flux2.planning.sources import resolve_model
 from lowmem_flux2.planning.workload import make_request
 from lowmem_flux2.runtime.checkpoint import TensorFile
 from lowmem_flux2.runtime.components import transformer_blocks, transformer_on_meta
-from lowmem_flux2.runtime.decoding import gguf_values
 from lowmem_flux2.runtime.packed import packed_sources
+from lowmem_flux2.runtime.quantize import gguf_values
 
 ASKED: dict[str, Any] = {
     **{"height": 64, "width": 64, "num_inference_steps": 1, "guidance_scale": 1.0, "seed": 0, "output_type": "latent"},

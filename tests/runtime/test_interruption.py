@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from command_line import Run, runner, signals_in
 
 from lowmem_flux2 import Engine
 from lowmem_flux2.errors import CheckpointBroken, DecodeFailed, Interrupted, UsageError
@@ -177,28 +177,11 @@ def test_another_transformer_and_other_files_are_refused(
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Ran]:
-    from lowmem_flux2 import cli
-
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-
-    def go(*arguments: str) -> Ran:
-        monkeypatch.setattr("sys.argv", ["lowmem-flux2", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capfd.readouterr()
-        return Ran(int(stopped.value.code or 0), captured.out, captured.err)
-
-    return go
+    return runner(monkeypatch, capfd)
 
 
 def generate(folder: Path, *more: str) -> list[str]:
@@ -206,23 +189,7 @@ def generate(folder: Path, *more: str) -> list[str]:
     return ["generate", "-q", "-m", str(folder), *asked, "-s", "7", "--device", "cpu", *more]
 
 
-def signals_in(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int, signals: int = 1) -> None:
-    """SIGINT in the midst of a call."""
-    before, calls = getattr(owner, name), []
-
-    def signalled(*arguments: Any, **named: Any) -> Any:
-        calls.append(1)
-        if len(calls) == call:
-            for _ in range(signals):
-                sigint()
-        return before(*arguments, **named)
-
-    monkeypatch.setattr(owner, name, signalled)
-
-
-def test_the_command_that_is_printed_goes_on(
-    run: Callable[..., Ran], tiny_dev: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_that_is_printed_goes_on(run: Run, tiny_dev: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(*generate(tiny_dev, "-o", "whole_{seed}.png")).code == 0
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
@@ -258,7 +225,7 @@ def test_the_command_that_is_printed_goes_on(
     ],
 )
 def test_nothing_is_kept_of_what_is_not_done(
-    owner: type, name: str, signals: int, said: str, run: Callable[..., Ran], tiny_dev: Path,
+    owner: type, name: str, signals: int, said: str, run: Run, tiny_dev: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     signals_in(monkeypatch, owner, name, 1, signals)
@@ -269,7 +236,7 @@ def test_nothing_is_kept_of_what_is_not_done(
 
 
 def test_loading_the_vae_is_no_reason_to_lose_the_latents(
-    run: Callable[..., Ran], tiny_dev: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tiny_dev: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signals_in(monkeypatch, Decoder, "__init__", 1)
     stopped = run(*generate(tiny_dev))
@@ -278,7 +245,7 @@ def test_loading_the_vae_is_no_reason_to_lose_the_latents(
 
 
 def test_the_same_command_begins_again_with_the_seed_that_was_drawn(
-    run: Callable[..., Ran], tiny_dev: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tiny_dev: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signals_in(monkeypatch, TextEncoder, "_begin", 1)
     stopped = run("generate", "-q", "-m", str(tiny_dev), "-p", "it's a dog", "--steps", "1")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from command_line import Run, runner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -249,28 +250,11 @@ def test_latents_with_other_channels_are_refused(saved: Path, engine: Engine) ->
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Ran]:
-    from lowmem_flux2 import cli
-
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-
-    def go(*arguments: str) -> Ran:
-        monkeypatch.setattr("sys.argv", ["lowmem-flux2", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return Ran(int(stopped.value.code or 0), captured.out, captured.err)
-
-    return go
+    return runner(monkeypatch, capsys)
 
 
 def generate(folder: Path, *more: str) -> list[str]:
@@ -279,7 +263,7 @@ def generate(folder: Path, *more: str) -> list[str]:
 
 
 def test_the_command_that_is_printed_makes_the_pictures(
-    run: Callable[..., Ran], tiny_klein: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: Run, tiny_klein: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import shlex
 
@@ -305,7 +289,7 @@ def test_the_command_that_is_printed_makes_the_pictures(
     assert [stage["stage"] for stage in report["plan"]["stages"]] == ["decode"]
 
 
-def test_latents_are_saved_on_purpose_and_explained(run: Callable[..., Ran], tiny_klein: Path) -> None:
+def test_latents_are_saved_on_purpose_and_explained(run: Run, tiny_klein: Path) -> None:
     ran = run(*generate(tiny_klein, "--save-latents", "kept.safetensors"))
     assert ran.code == 0, ran.err
     assert "kept.safetensors   latents" in ran.out
@@ -321,7 +305,7 @@ def test_latents_are_saved_on_purpose_and_explained(run: Callable[..., Ran], tin
 
 
 def test_the_file_of_a_failed_run_is_the_one_that_was_asked_for(
-    run: Callable[..., Ran], tiny_klein: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tiny_klein: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Decoder, "decode", no_memory)
     failed = run(*generate(tiny_klein, "--save-latents", "kept.safetensors"))
@@ -344,15 +328,13 @@ def test_the_file_of_a_failed_run_is_the_one_that_was_asked_for(
         (["-m", "nowhere/nothing", "--offline"], "cannot read the latents"),
     ],
 )
-def test_bad_requests_exit_2(flags: list[str], said: str, run: Callable[..., Ran]) -> None:
+def test_bad_requests_exit_2(flags: list[str], said: str, run: Run) -> None:
     ran = run("generate", "--from-latents", "none.safetensors", *flags)
     assert ran.code == 2
     assert said in ran.err
 
 
-def test_a_model_that_has_moved_is_asked_for(
-    run: Callable[..., Ran], tiny_klein: Path, tmp_path: Path, saved: Path
-) -> None:
+def test_a_model_that_has_moved_is_asked_for(run: Run, tiny_klein: Path, tmp_path: Path, saved: Path) -> None:
     folder = Path(shutil.copytree(tiny_klein, tmp_path / "here"))
     assert run(*generate(folder, "--save-latents", "kept.safetensors")).code == 0
     folder.rename(tmp_path / "there")
@@ -365,7 +347,7 @@ def test_a_model_that_has_moved_is_asked_for(
     assert "whose VAE is not that of shapes" in other.err
 
 
-def test_a_decode_plan_is_no_plan_for_prompts(run: Callable[..., Ran], tiny_klein: Path) -> None:
+def test_a_decode_plan_is_no_plan_for_prompts(run: Run, tiny_klein: Path) -> None:
     run(*generate(tiny_klein, "--save-latents", "kept.safetensors"))
     run("generate", "-q", "--from-latents", "kept.safetensors", "-o", "b.png", "--report", "report.json")
     plan = json.loads(Path("report.json").read_text())["plan"]

@@ -10,16 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import Run, runner
 from safetensors.torch import load_file, save_file
 from stores import contents, entries, latents, prepared, weights_of
 
-from lowmem_flux2 import cli
 from lowmem_flux2.errors import CheckpointBroken, CheckpointMissing, DoesNotFit, UsageError
 from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.sources import resolve_model
@@ -275,29 +274,14 @@ def test_not_preparing_is_refused_with_the_command(tiny_klein: Path, tmp_path: P
 # --------------------------------------------------------------------------------------------- the command line
 
 
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Ran]:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "250")
-
-    def go(*arguments: str) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["lowmem-flux2", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return Ran(int(stopped.value.code or 0), captured.out, captured.err)
-
-    return go
+    return runner(monkeypatch, capsys)
 
 
-def test_prepare_lists_verifies_and_removes(run: Callable[..., Ran], tiny_klein: Path, cache: Path) -> None:
+def test_prepare_lists_verifies_and_removes(run: Run, tiny_klein: Path, cache: Path) -> None:
     assert run("prepare", "--list").code == 0
     ran = run("prepare", "-m", str(tiny_klein), "--device", "cpu", "--dtype", "fp32", "--weight-format", "int4")
     assert ran.code == 0, ran
@@ -327,9 +311,7 @@ def test_prepare_lists_verifies_and_removes(run: Callable[..., Ran], tiny_klein:
     assert run("prepare", "--remove", "..").code == 2
 
 
-def test_generate_without_preparing_exits_4_with_a_command_that_helps(
-    run: Callable[..., Ran], tiny_klein: Path
-) -> None:
+def test_generate_without_preparing_exits_4_with_a_command_that_helps(run: Run, tiny_klein: Path) -> None:
     chosen = ("--device", "cpu", "--dtype", "fp32", "--weight-format", "int8", "--steps", "1", "-W", "64", "-H", "64")
     asked = ("generate", "-q", "-p", "x", "-m", str(tiny_klein), "--no-prepare", *chosen)
     for component in ("text_encoder", "transformer"):
@@ -341,14 +323,14 @@ def test_generate_without_preparing_exits_4_with_a_command_that_helps(
     assert run(*asked, "--text-weight-format", "int8").code == 0
 
 
-def test_a_cache_that_cannot_be_written_exits_2(run: Callable[..., Ran], tiny_klein: Path) -> None:
+def test_a_cache_that_cannot_be_written_exits_2(run: Run, tiny_klein: Path) -> None:
     Path("file").write_text("in the way")
     ran = run("prepare", "-m", str(tiny_klein), "--device", "cpu", "--cache-dir", "file/cache")
     assert ran.code == 2
     assert "cannot be written" in ran.err and "Traceback" not in ran.err
 
 
-def test_prepare_refuses_what_is_not_quantized(run: Callable[..., Ran], tiny_klein: Path) -> None:
+def test_prepare_refuses_what_is_not_quantized(run: Run, tiny_klein: Path) -> None:
     ran = run("prepare", "-m", str(tiny_klein), "--device", "cpu", "--weight-format", "bf16")
     assert ran.code == 2
     assert "read from the checkpoint as they are" in ran.err
