@@ -13,8 +13,8 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from lowmem_flux2 import listing
 from lowmem_flux2 import options as opt
 from lowmem_flux2.arguments import (
     after,
@@ -28,12 +28,11 @@ from lowmem_flux2.arguments import (
 )
 from lowmem_flux2.errors import Interrupted, LowMemFlux2Error, NotExecutable, RunError, UsageError
 from lowmem_flux2.flags import FitFlags, RequestFlags, flattened
-from lowmem_flux2.planning.hardware import Profile, check_profile, list_profiles, read_profile
+from lowmem_flux2.planning.hardware import list_profiles
 from lowmem_flux2.planning.job import Machine, plan_job, replay, resolve_machine
 from lowmem_flux2.planning.plan import read_plan
 from lowmem_flux2.planning.sources import EMBEDDED, resolve_model
 from lowmem_flux2.planning.workload import image_seeds
-from lowmem_flux2.units import format_bytes
 from lowmem_flux2.version import __version__
 
 app = typer.Typer(
@@ -44,8 +43,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="FLUX.2 pictures on a 6-24 GB card. Says peak VRAM, peak RAM and seconds before it runs, then keeps to them.",
 )
-profiles_app = typer.Typer(no_args_is_help=True, help="Hardware profiles: list, show NAME, check FILE.")
-app.add_typer(profiles_app, name="profiles")
+app.add_typer(listing.app, name="profiles")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -363,43 +361,6 @@ def doctor() -> None:
     from lowmem_flux2.doctor import examine
 
     out.print(examine())
-
-
-@profiles_app.command("list")
-def profiles_list() -> None:
-    """All shipped profiles."""
-    table = Table(show_edge=False, pad_edge=False)
-    for heading in ("name", "VRAM", "bf16/fp16 TFLOP/s", "h2d GB/s", "card"):
-        table.add_column(heading, justify="left" if heading in ("name", "card") else "right")
-    for name in list_profiles():
-        profile = read_profile(name)
-        hardware = profile.hardware
-        rates = hardware.matmul_flops_per_s
-        rate = rates.get("bf16", rates.get("fp16", rates["fp32"]))
-        table.add_row(
-            name,
-            format_bytes(hardware.vram_bytes) if hardware.vram_bytes else "-",
-            f"{rate / 1e12:.1f}",
-            f"{hardware.h2d_pinned_bytes_per_s / 1e9:.1f}",
-            profile.title,
-        )
-    out.print(table)
-    out.print("Rates are what planning counts on: peak times an achieved fraction. 'profiles show NAME' gives sources.")
-
-
-@profiles_app.command("show")
-def profiles_show(name: Annotated[str, typer.Argument(help="A name of 'profiles list', or a TOML file.")]) -> None:
-    """One profile, with the source of every number."""
-    profile: Profile = read_profile(name)
-    out.print(f"# {profile.title}: {profile.path}", soft_wrap=True)
-    out.print(profile.path.read_text(encoding="utf-8"), end="", markup=False, soft_wrap=True)
-
-
-@profiles_app.command("check")
-def profiles_check(file: Annotated[Path, typer.Argument(help="A profile TOML.")]) -> None:
-    """Check a profile file; names file, line and key of each fault."""
-    hardware = check_profile(file)
-    out.print(f"{file}: {hardware.name} is a valid {hardware.device} profile", soft_wrap=True)
 
 
 def _print_version(wanted: bool) -> None:

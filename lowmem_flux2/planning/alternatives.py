@@ -15,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from lowmem_flux2.planning.candidates import Job, fits
-from lowmem_flux2.planning.cost import block_sizes
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.objective import effort, fidelity_error, time_then_effort
 from lowmem_flux2.planning.plan import ONE_BY_ONE, Placement, Plan, Stage, StagePlan, stages_of
@@ -24,6 +23,7 @@ from lowmem_flux2.planning.reasons import peak, shortfall_of
 from lowmem_flux2.planning.residency import residency_order
 from lowmem_flux2.planning.search import SLOT_COUNTS
 from lowmem_flux2.planning.selection import Selection
+from lowmem_flux2.planning.stage_work import block_sizes
 from lowmem_flux2.planning.support import SUPPORTED, Support
 from lowmem_flux2.units import format_bytes, format_seconds
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 
-from lowmem_flux2.planning.cost import (
-    READ_BUFFER_BYTES,
-    StageWork,
-    stage_work,
-)
+from lowmem_flux2.planning.cost import READ_BUFFER_BYTES
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.passages import passages
 from lowmem_flux2.planning.plan import Placement, Plan, StagePlan
+from lowmem_flux2.planning.stage_work import StageWork, stage_work
 from lowmem_flux2.planning.step_caches import OFF
 from lowmem_flux2.planning.timeline import ROUNDS_SIMULATED, Span, simulate
 from lowmem_flux2.units import GIB, format_seconds

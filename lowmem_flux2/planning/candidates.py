@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from lowmem_flux2.errors import UsageError
-from lowmem_flux2.planning.cost import stage_cost, stage_work
+from lowmem_flux2.planning.cost import stage_cost
 from lowmem_flux2.planning.flops import compute_rate, linear_rate
 from lowmem_flux2.planning.formats import FORMATS, GGUF, PLAIN_FORMATS
 from lowmem_flux2.planning.hardware import Hardware
@@ -17,6 +17,7 @@ from lowmem_flux2.planning.plan import ONE_BY_ONE, Limits, Placement, Stage, Sta
 from lowmem_flux2.planning.residency import Variant
 from lowmem_flux2.planning.search import Search, cuts
 from lowmem_flux2.planning.selection import Selection, compute_dtype, runs_on
+from lowmem_flux2.planning.stage_work import stage_work
 from lowmem_flux2.planning.step_caches import AUTO, OFF, automatic, step_cache_text
 from lowmem_flux2.planning.support import Support
 from lowmem_flux2.planning.tiles import TILE_SIDES_PX, tiles_are_sound

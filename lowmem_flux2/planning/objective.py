@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowmem_flux2.planning.cost import block_sizes
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import StagePlan
+from lowmem_flux2.planning.stage_work import block_sizes
 from lowmem_flux2.planning.timeline import nanoseconds
 from lowmem_flux2.planning.workload import Preference
 

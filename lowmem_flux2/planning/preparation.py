@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from lowmem_flux2.planning.cost import block_sizes
 from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import Component, ModelSpec
 from lowmem_flux2.planning.plan import Preparation, StagePlan
+from lowmem_flux2.planning.stage_work import block_sizes
 
 WEIGHTS_PER_S = {"int8": 456e6, "fp8": 483e6, "nf4": 40e6, "int4": 297e6, "int6": 240e6}
 """Weights that one thread quantizes in a second: processor time of ``runtime.quantize`` on 6144 x 6144 in bf16, best of

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 
-from lowmem_flux2.planning.cost import StageWork, device_bytes, host_bytes
+from lowmem_flux2.planning.cost import device_bytes, host_bytes
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.passages import Tiers, passage
 from lowmem_flux2.planning.plan import Limits, Placement, StagePlan
+from lowmem_flux2.planning.stage_work import StageWork
 from lowmem_flux2.planning.timeline import Passage, Way
 
 GOLDEN = (5**0.5 - 1) / 2

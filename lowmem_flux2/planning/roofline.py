@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowmem_flux2.planning.cost import StageWork, device_bytes, stage_work
+from lowmem_flux2.planning.cost import device_bytes
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.passages import in_file
 from lowmem_flux2.planning.plan import Limits, Plan
 from lowmem_flux2.planning.stage_cost import Bottleneck
+from lowmem_flux2.planning.stage_work import StageWork, stage_work
 
 
 @dataclass(frozen=True, slots=True)

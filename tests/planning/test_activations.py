@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from machines import DEV, KLEIN_BASE, MODELS, spec, work
 
-from lowmem_flux2.planning import cost
+from lowmem_flux2.planning import flops
 from lowmem_flux2.planning.activations import (
     conditioning_peak_bytes,
     decode_activation_bytes,
@@ -93,7 +93,7 @@ def test_a_small_decoder_is_counted_by_its_own_channels() -> None:
     vae, one = spec(DEV).vae, work(DEV)
     small = replace(vae, decoder_block_out_channels=(96, 192, 384, 384))
     assert decode_activation_bytes(small, one, 0, BF16) < decode_activation_bytes(vae, one, 0, BF16)
-    assert cost.decode_flops(small, 1024, 1024) < cost.decode_flops(vae, 1024, 1024)
+    assert flops.decode_flops(small, 1024, 1024) < flops.decode_flops(vae, 1024, 1024)
 
 
 @given(SIDES, SIDES, st.sampled_from(TILE_SIDES_PX), st.integers(1, 50))

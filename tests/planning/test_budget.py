@@ -14,12 +14,12 @@ from machines import DEV, KLEIN_4B, MODELS, SUPPORTED, machine, plan_for, spec, 
 from lowmem_flux2.errors import DoesNotFit
 from lowmem_flux2.planning import detect
 from lowmem_flux2.planning.budget import overrun
-from lowmem_flux2.planning.cost import block_sizes
 from lowmem_flux2.planning.hardware import LIBRARIES_HOST_BYTES, load_profile
 from lowmem_flux2.planning.nvml import NvmlCard
 from lowmem_flux2.planning.plan import Limits, Placement
 from lowmem_flux2.planning.planner import make_plan
 from lowmem_flux2.planning.selection import Selection
+from lowmem_flux2.planning.stage_work import block_sizes
 from lowmem_flux2.units import GIB, MIB
 
 # ------------------------------------------------------------------------------------------------------ --max-ram

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from machines import DEV, KLEIN_4B, KLEIN_9B, machine, plan_for, spec, work
 
-from lowmem_flux2.planning import cost
+from lowmem_flux2.planning import cost, flops
 from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.passages import passage
@@ -25,7 +25,7 @@ BF16 = 2
 @pytest.mark.parametrize(("name", "tera"), [(DEV, 282), (KLEIN_9B, 75.5), (KLEIN_4B, 34.8)])
 def test_a_step_at_1024_px_has_the_flops_of_the_design_within_2_per_cent(name: str, tera: float) -> None:
     dims = spec(name).transformer
-    double, single, attention = cost.block_flops(spec(name), work(name), 1)
+    double, single, attention = flops.block_flops(spec(name), work(name), 1)
     total = dims.num_double * double + dims.num_single * single + len(dims.blocks) * attention
     assert total == pytest.approx(tera * 1e12, rel=0.02)
     if name == DEV:
@@ -35,7 +35,7 @@ def test_a_step_at_1024_px_has_the_flops_of_the_design_within_2_per_cent(name: s
 
 def test_decoder_flops_are_within_2_per_cent_of_torchs_count() -> None:
     """torch.utils.flop_counter on AutoencoderKLFlux2().decode at 1024 px on the meta device: 10.475 TFLOP."""
-    assert cost.decode_flops(spec(DEV).vae, 1024, 1024) == pytest.approx(10.475e12, rel=0.02)
+    assert flops.decode_flops(spec(DEV).vae, 1024, 1024) == pytest.approx(10.475e12, rel=0.02)
 
 
 # ---------------------------------------------------------------------------------------------------- streaming
@@ -175,8 +175,8 @@ def test_pictures_of_a_large_run_count_in_ram(profile: str) -> None:
 
 def test_a_class_that_the_device_lacks_runs_at_the_fp32_rate() -> None:
     turing = machine("rtx-2060-6gb")
-    assert cost.compute_rate(turing, "bf16") == turing.matmul_flops_per_s["fp32"]
-    assert cost.compute_rate(turing, "fp16") == turing.matmul_flops_per_s["fp16"]
+    assert flops.compute_rate(turing, "bf16") == turing.matmul_flops_per_s["fp32"]
+    assert flops.compute_rate(turing, "fp16") == turing.matmul_flops_per_s["fp16"]
 
 
 def test_a_disk_block_passes_the_disk_and_then_the_link() -> None:

@@ -27,7 +27,7 @@ from machines import (
 
 from lowmem_flux2.errors import DoesNotFit, UsageError
 from lowmem_flux2.planning.candidates import Job, fits
-from lowmem_flux2.planning.cost import block_sizes, stage_cost
+from lowmem_flux2.planning.cost import stage_cost
 from lowmem_flux2.planning.formats import PLAIN_FORMATS
 from lowmem_flux2.planning.hardware import list_profiles
 from lowmem_flux2.planning.models import ModelSpec
@@ -36,6 +36,7 @@ from lowmem_flux2.planning.plan import STAGES, Limits, Placement, Plan, StagePla
 from lowmem_flux2.planning.planner import limits_of
 from lowmem_flux2.planning.planner import make_plan as plan_with_support
 from lowmem_flux2.planning.selection import Selection, with_ram_for
+from lowmem_flux2.planning.stage_work import block_sizes
 from lowmem_flux2.planning.support import EVERYTHING
 from lowmem_flux2.planning.workload import Preference
 from lowmem_flux2.units import GIB, MIB

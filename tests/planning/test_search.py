@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from machines import DEV, KLEIN_4B, machine, plan_for, spec, work
 
 from lowmem_flux2.planning.candidates import Job, fits
-from lowmem_flux2.planning.cost import block_sizes
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.objective import effort, effort_of, time_then_effort, time_then_effort_of
@@ -21,6 +20,7 @@ from lowmem_flux2.planning.plan import Limits, Placement, StagePlan
 from lowmem_flux2.planning.residency import residency_order, spread_order
 from lowmem_flux2.planning.search import SLOT_COUNTS, Search
 from lowmem_flux2.planning.selection import Selection, StreamFrom, limits_of
+from lowmem_flux2.planning.stage_work import block_sizes
 from lowmem_flux2.planning.support import EVERYTHING
 from lowmem_flux2.units import GIB, MIB
 

@@ -11,13 +11,13 @@ from machines import DEV, KLEIN_9B, SUPPORTED, machine, spec, work
 
 from lowmem_flux2.errors import PlanMismatch, UsageError
 from lowmem_flux2.planning.changes import Change
-from lowmem_flux2.planning.cost import stage_work
 from lowmem_flux2.planning.ladder import next_rung, peak_bytes
 from lowmem_flux2.planning.plan import Plan, StagePlan
 from lowmem_flux2.planning.planner import make_plan
 from lowmem_flux2.planning.references import Reference
 from lowmem_flux2.planning.replay import check_replay
 from lowmem_flux2.planning.selection import Selection
+from lowmem_flux2.planning.stage_work import stage_work
 from lowmem_flux2.planning.upsampling import NEW_TOKENS, PROMPT_TOKENS, cache_bytes
 from lowmem_flux2.planning.workload import make_request
 from lowmem_flux2.units import MIB

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lowmem_flux2 import Engine
-from lowmem_flux2.planning.cost import block_sizes
 from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS
 from lowmem_flux2.planning.models import BlockSpec
 from lowmem_flux2.planning.plan import StagePlan
 from lowmem_flux2.planning.sources import resolve_model
+from lowmem_flux2.planning.stage_work import block_sizes
 from lowmem_flux2.runtime.blockfile import block_path
 from lowmem_flux2.runtime.device import DTYPES
 from lowmem_flux2.runtime.live import ALLOCATION_BYTES, LiveBytes

@@ -21,13 +21,13 @@ from torch.profiler import ProfilerActivity, profile
 from lowmem_flux2 import Engine
 from lowmem_flux2.cli import app
 from lowmem_flux2.errors import CheckpointBroken, UsageError
-from lowmem_flux2.planning.cost import block_sizes
 from lowmem_flux2.planning.formats import GGUF_SCRATCH_BYTES
 from lowmem_flux2.planning.gguf_header import BLOCKS, read_gguf_header
 from lowmem_flux2.planning.job import plan_job, resolve_machine
 from lowmem_flux2.planning.plan import StagePlan
 from lowmem_flux2.planning.selection import Selection, StreamFrom
 from lowmem_flux2.planning.sources import resolve_model
+from lowmem_flux2.planning.stage_work import block_sizes
 from lowmem_flux2.planning.workload import make_request
 from lowmem_flux2.runtime.checkpoint import TensorFile
 from lowmem_flux2.runtime.components import transformer_blocks, transformer_on_meta

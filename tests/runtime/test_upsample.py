@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 from lowmem_flux2 import Engine
 from lowmem_flux2.cli import app
 from lowmem_flux2.errors import CheckpointBroken, UsageError
-from lowmem_flux2.planning.cost import stage_work
 from lowmem_flux2.planning.job import resolve_machine
 from lowmem_flux2.planning.plan import Placement, StagePlan
 from lowmem_flux2.planning.sources import resolve_model
+from lowmem_flux2.planning.stage_work import stage_work
 from lowmem_flux2.planning.workload import make_request, workload_of
 from lowmem_flux2.runtime import upsample
 from lowmem_flux2.runtime.live import LiveBytes
