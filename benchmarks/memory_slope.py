@@ -54,7 +54,7 @@ def run(models: Sequence[Path], cache: Path, jobs: int) -> list[dict[str, int]]:
             dtype="fp32",
             weight_format=weight_format,
             text_weight_format=weight_format,
-            placement=placement,  # type: ignore[arg-type]
+            placement=placement,
             cache_dir=cache,
         ) as engine:
             made = engine.generate(

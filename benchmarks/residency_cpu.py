@@ -41,7 +41,7 @@ def child(folder: Path, result: Path, placement: str, dtype: str) -> None:
         moments.append(time.perf_counter())
         return kept
 
-    engine = Engine(str(folder), dtype=dtype, placement=placement, prompt_cache="off")  # type: ignore[arg-type]
+    engine = Engine(str(folder), dtype=dtype, placement=placement, prompt_cache="off")
     made = engine.generate(
         "a lighthouse at dusk",
         height=SIDE_PX,

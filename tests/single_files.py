@@ -151,7 +151,8 @@ def random_blocks(kind: gguf.GGMLQuantizationType, rows: int, columns: int, seed
     weights, size = gguf.GGML_QUANT_SIZES[kind]
     generator = np.random.default_rng(seed)
     blocks = generator.integers(0, 256, (rows * columns // weights, size), dtype=np.uint8)
-    places = {"Q6_K": (size - 2,)}.get(kind.name, (0, 2))
+    last = {"Q2_K": (size - 4, size - 2), "Q3_K": (size - 2,), "Q6_K": (size - 2,)}
+    places = last.get(kind.name, (0, 2))
     for place in places:
         scales = generator.uniform(0.00005, 0.0002, len(blocks)).astype(np.float16)
         blocks[:, place : place + 2] = scales.view(np.uint8).reshape(-1, 2)

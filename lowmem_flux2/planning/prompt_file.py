@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -31,6 +31,7 @@ class PromptLine:
         lora: each FILE or FILE:SCALE.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     prompt: str
     width: int | None = None
     height: int | None = None
@@ -53,7 +54,6 @@ class Located:
 
 _KEYS = tuple(field.name for field in fields(PromptLine))
 _LISTS = ("image", "lora")
-PromptLine.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
 _LINE: TypeAdapter[PromptLine] = TypeAdapter(PromptLine)
 
 

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lowmem_flux2.errors import UsageError
+
+if TYPE_CHECKING:  # Pillow is opened only where a picture is
+    from PIL.Image import Image
 
 MOST_REFERENCES = 10
 """Black Forest Labs announce FLUX.2 with up to ten."""
@@ -101,24 +106,31 @@ def file_digest(path: Path) -> str:
         raise UsageError(f"{path}: cannot read the reference image: {error.strerror or error}") from None
 
 
+@contextmanager
+def opened_picture(path: Path) -> Iterator[Image]:
+    """An open picture file. Raises UsageError for whatever goes wrong in opening and reading it."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            yield picture
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such reference image") from None
+    except UnidentifiedImageError:
+        raise UsageError(f"{path}: this is no picture that Pillow can read") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UsageError(f"{path}: cannot read the reference image: {error}") from None
+
+
 def picture_size(path: Path) -> tuple[int, int]:
     """Width and height of a picture as it is to be seen, from its header alone.
 
     Raises:
         UsageError: no such file, or no picture.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as picture:
-            width, height = picture.size
-            is_turned = picture.getexif().get(_ORIENTATION_TAG) in _TURNED
-    except FileNotFoundError:
-        raise UsageError(f"{path}: there is no such reference image") from None
-    except UnidentifiedImageError:
-        raise UsageError(f"{path}: this is no picture that Pillow can read") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{path}: cannot read the reference image: {error}") from None
+    with opened_picture(path) as picture:
+        width, height = picture.size
+        is_turned = picture.getexif().get(_ORIENTATION_TAG) in _TURNED
     return (height, width) if is_turned else (width, height)
 
 

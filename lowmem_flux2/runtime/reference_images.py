@@ -17,10 +17,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps
 
 from lowmem_flux2.errors import UsageError
-from lowmem_flux2.planning.references import STOCK_BOUND_PX, Reference, digest_of, file_digest, reference_of
+from lowmem_flux2.planning.references import (
+    STOCK_BOUND_PX,
+    Reference,
+    digest_of,
+    file_digest,
+    opened_picture,
+    reference_of,
+)
 
 SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
@@ -32,16 +39,9 @@ def open_picture(path: Path) -> Image.Image:
     Raises:
         UsageError: no picture, damaged, or in colours that cannot be converted.
     """
-    try:
-        with Image.open(path) as file:
-            file.load()
-            return as_rgb(ImageOps.exif_transpose(file), str(path))
-    except FileNotFoundError:
-        raise UsageError(f"{path}: there is no such reference image") from None
-    except UnidentifiedImageError:
-        raise UsageError(f"{path}: this is no picture that Pillow can read") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{path}: the reference image is damaged, or cannot be read: {error}") from None
+    with opened_picture(path) as file:
+        file.load()
+        return as_rgb(ImageOps.exif_transpose(file), str(path))
 
 
 def as_rgb(picture: Image.Image, name: str) -> Image.Image:

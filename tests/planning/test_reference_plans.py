@@ -190,7 +190,7 @@ def test_a_stage_of_references_that_contradicts_itself_is_refused(key: str, valu
 def shown(plan: Plan, model: str) -> str:
     console = Console(file=io.StringIO(), width=140)
     console.print(explain(plan, spec(model)))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = console.file.getvalue()
     assert isinstance(text, str)
     return text
 

@@ -55,7 +55,7 @@ def test_files_of_the_store_have_the_bytes_that_planning_counts_on(
     folder = checkpoints[form, "mixed"]
     spec = resolve_model(str(folder), offline=True).spec
     for stage in ("encode", "denoise"):
-        planned = StagePlan.bare(stage, name, dtype)  # type: ignore[arg-type]
+        planned = StagePlan.bare(stage, name, dtype)
         store = prepare(folder, spec, planned.component, name, dtype, tmp_path)
         sizes = block_sizes(planned, spec)
         assert list(store.manifest.block_bytes) == sizes
@@ -138,7 +138,7 @@ def test_a_run_reads_the_bytes_that_its_plan_says(
         dtype=dtype,
         weight_format=weight_format,
         text_weight_format=weight_format,
-        placement=placement,  # type: ignore[arg-type]
+        placement=placement,
         cache_dir=tmp_path,
         observer=told,
     )

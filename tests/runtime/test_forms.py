@@ -151,7 +151,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory, tiny_klein: Path) -> Path:
     return forms.write_wide(tmp_path_factory.mktemp("wide") / "klein", tiny_klein)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "F16", "BF16", "F32"])
+@pytest.mark.parametrize("kind", [*BLOCKS, "F16", "BF16", "F32"])
 def test_gguf(kind: str, tmp_path: Path, wide: Path) -> None:
     bfl = forms.bfl_state(forms.transformer_state(wide))
     prefix = forms.COMFY_PREFIX if kind == "Q8_0" else ""

@@ -269,7 +269,7 @@ def test_pictures_reports_and_latents_say_what_was_added(
     assert any("blocks.7.attn.to_q.lora_A" in event for event in report["events"])
     said = f"all.safetensors ({adapter['fingerprint']}) at 0.5"
     picture = Image.open(tmp_path / "x.png")
-    assert picture.text["lora"] == said  # type: ignore[attr-defined]
+    assert picture.text["lora"] == said
     assert read_latents(tmp_path / "l.safetensors").origin.request.loras == (Lora(str(path), 0.5),)
 
     (tmp_path / "plan.json").write_text(json.dumps(report["plan"]))
@@ -282,4 +282,4 @@ def test_pictures_reports_and_latents_say_what_was_added(
     decode = ["generate", "--from-latents", "l.safetensors", "-o", "decoded.png"]
     decoded = CliRunner().invoke(app, decode, catch_exceptions=False)
     assert decoded.exit_code == 0, decoded.output
-    assert Image.open(tmp_path / "decoded.png").text["lora"] == said  # type: ignore[attr-defined]
+    assert Image.open(tmp_path / "decoded.png").text["lora"] == said

@@ -155,7 +155,7 @@ def test_a_run_upsamples_once_and_says_what_it_made(
     assert image["prompt"] == "a dog" and image["upsample_seed"] == 4 and made
     assert "upsampled prompt: " in ran.output
     picture = Image.open("x.png")
-    texts = picture.text  # type: ignore[attr-defined]
+    texts = picture.text
     assert (texts["prompt"], texts["upsampled_prompt"]) == ("a dog", made)
     assert texts["caption_upsample"] == "temperature 1.5, seed 4"
 
@@ -167,6 +167,6 @@ def test_a_run_upsamples_once_and_says_what_it_made(
     assert np.array_equal(np.asarray(Image.open("y.png")), np.asarray(picture))
     decoded = CliRunner().invoke(app, ["generate", "--from-latents", "l", "-o", "z.png"])
     assert decoded.exit_code == 0, decoded.output
-    assert Image.open("z.png").text["upsampled_prompt"] == made  # type: ignore[attr-defined]
+    assert Image.open("z.png").text["upsampled_prompt"] == made
     plain = Engine(folder).generate(made, seed=4, width=64, height=64, num_inference_steps=1, max_sequence_length=64)
     assert np.array_equal(np.asarray(plain.images[0]), np.asarray(picture))
