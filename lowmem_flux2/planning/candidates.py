@@ -140,8 +140,6 @@ class Job:
         return Variant(bare, stage_work(bare, self.model, self.workload, self.hardware), self.hardware)
 
     def _chunks(self) -> list[int]:
-        if not self.support.chunk_tokens:
-            return [0]
         return [chunk for chunk in CHUNK_TOKENS if 2 * chunk <= self.workload.sequence_tokens]
 
     def _step_caches(self) -> list[str]:
@@ -150,7 +148,7 @@ class Job:
         if fixed != AUTO:
             return [step_cache_text(fixed)]
         caches, _ = automatic(self.model, self.workload, self.selection.prefer)
-        return [OFF, *(str(cache) for cache in caches if cache.kind in self.support.step_caches)]
+        return [OFF, *(str(cache) for cache in caches)]
 
 
 def fits(stage: StagePlan, limits: Limits) -> bool:

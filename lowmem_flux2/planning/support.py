@@ -8,16 +8,13 @@ from importlib.util import find_spec
 
 from lowmem_flux2.planning.formats import FORMATS, GGUF
 from lowmem_flux2.planning.plan import StagePlan
-from lowmem_flux2.planning.step_caches import KINDS, OFF
 
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """Names of the weight formats and kinds of step caches that the executor runs, and the switches it honours."""
+    """Names of the weight formats that the executor runs: those whose library is installed."""
 
     weight_formats: frozenset[str]
-    step_caches: frozenset[str]
-    chunk_tokens: bool
 
     def missing(self, stage: StagePlan) -> tuple[str, ...]:
         """What the stage needs that is not there, in words; empty when it can run."""
@@ -29,10 +26,6 @@ class Support:
                 f" (needs {library}, which is not installed: pip install 'lowmem-flux2[{extra}]')" if library else ""
             )
             lacks.append(f"{stage.component} weights in {stage.weight_format}{remedy}")
-        if stage.step_cache.partition(":")[0] not in self.step_caches:
-            lacks.append(f"step cache {stage.step_cache}")
-        if stage.chunk_tokens and not self.chunk_tokens:
-            lacks.append(f"token chunks of {stage.chunk_tokens}")
         return tuple(lacks)
 
     def missing_of(self, stages: Iterable[StagePlan]) -> tuple[str, ...]:
@@ -40,7 +33,6 @@ class Support:
         return tuple(dict.fromkeys(word for stage in stages for word in self.missing(stage)))
 
 
-STEP_CACHES = frozenset((OFF, *KINDS))
 LIBRARY_OF = {"nf4": "bitsandbytes", GGUF: "gguf"}
 """Formats that run only where a library of an extra is installed."""
 EXTRA_OF = {"nf4": "cuda", GGUF: "gguf"}
@@ -49,8 +41,8 @@ EXTRA_OF = {"nf4": "cuda", GGUF: "gguf"}
 def installed() -> Support:
     """What the executor can do with the libraries that are installed here; looks for them without importing any."""
     formats = {name for name in FORMATS if name not in LIBRARY_OF or find_spec(LIBRARY_OF[name]) is not None}
-    return Support(weight_formats=frozenset(formats), step_caches=STEP_CACHES, chunk_tokens=True)
+    return Support(weight_formats=frozenset(formats))
 
 
 SUPPORTED = installed()
-EVERYTHING = Support(weight_formats=frozenset(FORMATS), step_caches=STEP_CACHES, chunk_tokens=True)
+EVERYTHING = Support(weight_formats=frozenset(FORMATS))

@@ -19,7 +19,7 @@ from lowmem_flux2.units import GIB
 
 DEV, KLEIN_4B, KLEIN_9B = MODELS = ("flux2-dev", "flux2-klein-4b", "flux2-klein-9b")
 KLEIN_BASE = "flux2-klein-base-4b"
-SUPPORTED = replace(EVERYTHING, chunk_tokens=False)
+SUPPORTED = EVERYTHING
 """This version with every library: what is planned here must not depend on what is installed."""
 UNQUANTIZED = replace(SUPPORTED, weight_formats=frozenset(PLAIN_FORMATS))
 """A version that runs no quantized format."""

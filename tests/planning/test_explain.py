@@ -211,7 +211,7 @@ def test_streaming_says_what_does_not_fit_and_whether_it_is_hidden() -> None:
 
 
 def test_a_single_slot_is_told_in_the_singular() -> None:
-    whole = Selection(weight_format="fp16", max_vram_bytes=5 * GIB)
+    whole = Selection(weight_format="fp16", max_vram_bytes=4 * GIB)
     assert "through 1 slot of 1.83 GiB" in reasons(plan_for(DEV, "rtx-2060-6gb", selection=whole), "denoise")
 
 
