@@ -11,13 +11,14 @@ from pathlib import Path
 from lowmem_flux2.arguments import Asked, resolve
 from lowmem_flux2.errors import UsageError
 from lowmem_flux2.flags import FitFlags, RequestFlags
-from lowmem_flux2.planning.batches import negatives_of, prompt_batches
+from lowmem_flux2.planning.batches import prompt_batches
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.planner import Selection
 from lowmem_flux2.planning.prompt_file import Located, PromptLine, read_prompt_file
-from lowmem_flux2.planning.workload import MAX_SEED, guidance_passes, image_seeds
-from lowmem_flux2.runtime.manifest import EncodeJob, Group, ImageState, Manifest
+from lowmem_flux2.planning.upsampling import BATCH_PROMPTS
+from lowmem_flux2.planning.workload import MAX_SEED, Request, guidance_passes, image_seeds
+from lowmem_flux2.runtime.manifest import EncodeJob, Group, ImageState, Manifest, own_encode
 
 GROUP_MOST_IMAGES = 64
 """Images that share a plan and a load of the transformer, and prompts that share one of the encoder: embeddings of all
@@ -96,7 +97,7 @@ def batch_request(
             alike.append((bare, list(members)))
     groups = []
     for asked, members in alike:
-        for part in _parts(sorted(members), asked.request.num_images_per_prompt):
+        for part in _parts(sorted(members), asked.request):
             prompts = tuple(located[at].line.prompt for at in part)
             groups.append(AskedGroup(replace(asked, request=replace(asked.request, prompts=prompts)), part))
     lines = tuple(each.line for each in located)
@@ -118,8 +119,6 @@ def _written_alike(lines: Sequence[PromptLine]) -> list[list[int]]:
 
 
 def _with_line(flags: RequestFlags, line: PromptLine) -> RequestFlags:
-    if flags.caption_upsample:
-        raise UsageError("--caption-upsample is not yet for batches: give the prompts with -p")
     said = {key: getattr(line, key) for key in _OVERRIDES if getattr(line, key) is not None}
     if line.lora is not None:
         said["lora"] = list(line.lora)
@@ -130,8 +129,10 @@ def _with_line(flags: RequestFlags, line: PromptLine) -> RequestFlags:
     return replace(flags, prompt=None, prompt_file=None, **said)
 
 
-def _parts(lines: Sequence[int], images_a_line: int) -> Iterator[tuple[int, ...]]:
-    size = max(1, GROUP_MOST_IMAGES // images_a_line)
+def _parts(lines: Sequence[int], request: Request) -> Iterator[tuple[int, ...]]:
+    size = max(1, GROUP_MOST_IMAGES // request.num_images_per_prompt)
+    if request.caption_upsample_temperature is not None:  # those of a group are rewritten together
+        size = min(size, BATCH_PROMPTS)
     for at in range(0, len(lines), size):
         yield tuple(lines[at : at + size])
 
@@ -191,19 +192,14 @@ def manifest_of(
         batches = tuple(indexes[at : at + size] for at in range(0, len(indexes), size))
         groups.append(Group(group.asked.request, made, 0, indexes, batches))
     encodes: tuple[EncodeJob, ...]
-    if len(groups) == 1:  # as the prompts of one run are encoded
-        encodes = (_own_encode(groups[0]),)
+    if len(groups) == 1 or batch.asked.request.caption_upsample_temperature is not None:
+        # As the prompts of one run are encoded; what upsampled ones will be is not known yet.
+        encodes = tuple(own_encode(group) for group in groups)
+        groups = [replace(group, encode=number) for number, group in enumerate(groups)]
     else:
         encodes, groups = _shared_encodes(batch, groups, plan)
     whole = tuple(image for image in images if image is not None)
     return Manifest(batch.lines, batch.options, {}, versions, encodes, tuple(groups), whole)
-
-
-def _own_encode(group: Group) -> EncodeJob:
-    batches = prompt_batches(group.request.prompts, group.plan.stage("encode").batch_size)
-    if group.plan.workload.guidance_passes == 2:
-        batches += [batch for batch in negatives_of(batches, group.request.negative_prompt) if batch not in batches]
-    return EncodeJob(group.request, group.plan, tuple(dict.fromkeys(batches)))
 
 
 def _shared_encodes(

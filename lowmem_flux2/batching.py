@@ -106,7 +106,7 @@ class Started:
             write_manifest(self.manifest, self.path)
         with ConsoleObserver(output.err, output.quiet) as observer, Interruption().on_sigint() as interruption:
             engine = Engine.of(source, self.asked.machine, self.asked.selection, running, observer)
-            hooks = BatchHooks(observer.event, saved, output.metadata)
+            hooks = BatchHooks(observer.event, saved, output.show_upsampled, output.metadata)
             run = BatchRun(self.manifest, self.path, engine, interruption, hooks)
             try:
                 run.run()

@@ -250,7 +250,8 @@ def prepare(
         typer.Option("--weight-format", help="int8 (serves w8a8 too), int6, fp8, nf4 (needs bitsandbytes) or int4."),
     ] = "int8",
     component: Annotated[
-        opt.Prepared, typer.Option("--component", help="What to prepare; both, one after the other, if not given.")
+        opt.Prepared,
+        typer.Option("--component", help="Both, if not given; whole_text_encoder is for upsampling captions."),
     ] = opt.Prepared.both,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",

@@ -30,6 +30,7 @@ from lowmem_flux2.runtime.picture import OutputPattern, describe, save_png
 from lowmem_flux2.runtime.reference_images import load_references
 from lowmem_flux2.runtime.running import Running
 from lowmem_flux2.runtime.versions import versions
+from lowmem_flux2.runtime.vision import seen_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,10 @@ class Output:
     err: Console
     place: tuple[str, ...] = ()
     again: str = ""
+
+    def show_upsampled(self, prompts: Sequence[str]) -> None:
+        for prompt in prompts:
+            self.out.print(f"upsampled prompt: {prompt}", soft_wrap=True, markup=False)
 
     def finish(self, report: Report, saved: Sequence[ImageRecord]) -> None:
         report = replace(report, images=tuple(saved))
@@ -109,8 +114,7 @@ def carry_out(asked: Asked, made: Plan, running: Running, seeds: list[int], outp
 
     def show(prompts: tuple[str, ...]) -> None:
         upsampled.extend(prompts)
-        for prompt in prompts:
-            output.out.print(f"upsampled prompt: {prompt}", soft_wrap=True, markup=False)
+        output.show_upsampled(prompts)
 
     def save(index: int, picture: torch.Tensor, carried_out: Plan) -> None:
         number = index // request.num_images_per_prompt
@@ -125,7 +129,13 @@ def carry_out(asked: Asked, made: Plan, running: Running, seeds: list[int], outp
     with ConsoleObserver(output.err, output.quiet) as observer, Interruption().on_sigint() as interruption:
         engine = Engine.of(asked.source, asked.machine, asked.selection, running, observer)
         pictures = load_references(request.references)
-        inputs = Inputs(on_picture=save, on_upsampled=show, interruption=interruption, references=pictures)
+        inputs = Inputs(
+            on_picture=save,
+            on_upsampled=show,
+            interruption=interruption,
+            references=pictures,
+            seen=seen_of(request),
+        )
         try:
             result = engine.run(request, made, inputs, seeds, save_latents=output.save_latents)
         except Interrupted as stopped:

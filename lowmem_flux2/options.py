@@ -28,6 +28,7 @@ class Prepared(StrEnum):
     both = "both"
     transformer = "transformer"
     text_encoder = "text_encoder"
+    whole_text_encoder = "whole_text_encoder"
 
     @property
     def components(self) -> tuple[str, ...]:

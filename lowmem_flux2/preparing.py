@@ -16,7 +16,7 @@ from lowmem_flux2.errors import CheckpointBroken, UsageError
 from lowmem_flux2.folders import cache_folder
 from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.job import Machine
-from lowmem_flux2.planning.models import Component
+from lowmem_flux2.planning.plan import WHOLE_TEXT_ENCODER
 from lowmem_flux2.planning.preparation import Prepared
 from lowmem_flux2.planning.selection import Selection, check_selection, compute_dtype
 from lowmem_flux2.planning.sources import ModelSource
@@ -42,7 +42,7 @@ def prepared_of(source: ModelSource, cache: Path) -> Prepared:
 
     An entry of files that have changed since counts too: a run sees that, and prepares anew.
     """
-    found: set[tuple[Component, str, str]] = set()
+    found: set[tuple[str, str, str]] = set()
     if source.folder is None:
         return found
     for folder in _entries(cache):
@@ -130,10 +130,12 @@ def prepare_all(
         raise UsageError(f"--weight-format {weight_format}: such weights are read from the checkpoint as they are")
     if weight_format not in SUPPORTED.weight_formats:
         raise UsageError(f"--weight-format {weight_format}: {LIBRARY_OF[weight_format]} is not installed")
-    from lowmem_flux2.runtime.download import with_weights
+    from lowmem_flux2.runtime.download import with_weights, with_whole_text_encoder
     from lowmem_flux2.runtime.prepare import prepare
 
     found = with_weights(source, offline=offline)
+    if WHOLE_TEXT_ENCODER in components:
+        found = with_whole_text_encoder(found, offline=offline)
     assert found.folder is not None
     with ConsoleObserver(err, quiet=False) as observer:
         for component in components:

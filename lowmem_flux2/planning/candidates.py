@@ -75,8 +75,8 @@ class Job:
         else:
             fixed, chunks, caches = selection.text_weight_format, [0], ["off"]
             batches = _batches(self.workload.num_prompts, 0)
-        if stage == "upsample":  # all prompts together, as the stock pipeline, and the weights as they are
-            fixed, batches = dtype, [self.workload.num_prompts]
+        if stage == "upsample":  # all prompts together, as the stock pipeline
+            batches = [self.workload.num_prompts]
         cached = self.cached_batches if stage == "encode" else 0
         bares = [
             replace(StagePlan.bare(stage, name, dtype), step_cache=cache, batch_size=batch, cached_batches=cached)

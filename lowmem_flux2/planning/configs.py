@@ -23,6 +23,7 @@ from lowmem_flux2.planning.models import (
     TextEncoderSpec,
     TransformerSpec,
     VaeSpec,
+    VisionSpec,
 )
 
 CONFIG_FILES: Final[Mapping[str, str]] = {
@@ -253,22 +254,24 @@ def _text_encoder(config: _Section, form: Form) -> TextEncoderSpec:
         vocab_size=text.integer("vocab_size"),
         out_layers=out_layers,
         tie_word_embeddings=config.flag("tie_word_embeddings", text.flag("tie_word_embeddings", False)),
-        vision_weights=_vision_weights(config, hidden_size) if has_vision else 0,
+        vision=_vision(config, hidden_size) if has_vision else None,
         attention_bias=text.flag("attention_bias", False),
     )
 
 
-def _vision_weights(config: _Section, text_width: int) -> int:
+def _vision(config: _Section, text_width: int) -> VisionSpec:
     """Pixtral tower and Mistral3's projector (transformers 5.23, modeling_pixtral.py and modeling_mistral3.py)."""
     vision = config.section("vision_config")
     h, patch = vision.integer("hidden_size"), vision.integer("patch_size")
-    layer = 4 * h * h + 3 * h * vision.integer("intermediate_size") + 2 * h
-    tower = vision.integer("num_channels", 3) * patch * patch * h + h + vision.integer("num_hidden_layers") * layer
+    inner, layers = vision.integer("intermediate_size"), vision.integer("num_hidden_layers")
+    layer = 4 * h * h + 3 * h * inner + 2 * h
+    tower = vision.integer("num_channels", 3) * patch * patch * h + h + layers * layer
     tapped = config.get("vision_feature_layer", -1)
     width = h * (len(tapped) if isinstance(tapped, list | tuple) else 1)
-    merger = config.integer("spatial_merge_size", 2) ** 2 * h * h
+    merge = config.integer("spatial_merge_size", 2)
     biases = 2 * text_width if config.flag("multimodal_projector_bias", False) else 0
-    return tower + h + merger + width * text_width + text_width * text_width + biases
+    weights = tower + h + merge**2 * h * h + width * text_width + text_width * text_width + biases
+    return VisionSpec(h, inner, layers, patch, merge, vision.integer("image_size", 1540), weights)
 
 
 def _vae(config: _Section) -> VaeSpec:

@@ -35,6 +35,11 @@ _VISION: Final = re.compile(r"vision|multi_modal_projector")
 _NOT_DECODER: Final = re.compile(r"vision|multi_modal_projector|lm_head")
 
 
+def is_vision(name: str) -> bool:
+    """Whether a text encoder's tensor of this stored name is of what sees pictures."""
+    return _VISION.search(name) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class BlockSpec:
     """One block that is loaded, placed and streamed as a unit.
@@ -155,12 +160,32 @@ class TransformerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class VisionSpec:
+    """What sees pictures in a Mistral3 checkpoint: a Pixtral tower, and the projector into the decoder's width.
+
+    Attributes:
+        patch_px: side of a patch.
+        merge: patches along each side of what becomes one token.
+        longest_px: a picture's longer side is reduced to this.
+        weights: of tower and projector.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    patch_px: int
+    merge: int
+    longest_px: int
+    weights: int
+
+
+@dataclass(frozen=True, slots=True)
 class TextEncoderSpec:
     """Shape of the text encoder, of which only the layers up to the last tapped one are used.
 
     Attributes:
         out_layers: tapped hidden states; their concatenation is the transformer's text input.
-        vision_weights: vision tower and projector of the checkpoint, in no other count here; 0 without one.
+        vision: what sees pictures, in no count here; None without it.
         attention_bias: whether q, k, v and o carry biases (no released encoder has them).
     """
 
@@ -174,7 +199,7 @@ class TextEncoderSpec:
     vocab_size: int
     out_layers: tuple[int, ...]
     tie_word_embeddings: bool
-    vision_weights: int = 0
+    vision: VisionSpec | None = None
     attention_bias: bool = False
 
     @property
@@ -208,7 +233,7 @@ class TextEncoderSpec:
 
     @property
     def full_weights(self) -> int:
-        """The whole language model with final norm and lm_head (counted once where tied), without `vision_weights`."""
+        """The whole language model with final norm and lm_head (counted once where tied), without what sees."""
         heads = 1 if self.tie_word_embeddings else 2
         return heads * self.embedding_weights + self.num_layers * self.layer.total_weights + self.hidden_size
 
@@ -227,7 +252,7 @@ class TextEncoderSpec:
 
     def writes_with(self, name: str) -> bool:
         """Whether making text needs the tensor of this stored name: all but the vision part."""
-        return not _VISION.search(name)
+        return not is_vision(name)
 
     @property
     def joint_dim(self) -> int:

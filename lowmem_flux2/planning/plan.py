@@ -52,6 +52,8 @@ COMPONENT_OF: dict[Stage, Component] = {
     "denoise": "transformer",
     "decode": "vae",
 }
+WHOLE_TEXT_ENCODER = "whole_text_encoder"
+"""What the prepared store calls all layers of it, as against those alone that encoding takes."""
 NON_BLOCK_OF = {stage: Placement.DISK if stage == "encode" else Placement.GPU for stage in EVERY_STAGE}
 """Where the executor has each stage's weights outside blocks."""
 
@@ -121,6 +123,11 @@ class StagePlan:
         return sum(1 for placed in self.block_placements if placed is placement)
 
     @property
+    def prepared_as(self) -> str:
+        """What the prepared store calls the blocks of this stage."""
+        return WHOLE_TEXT_ENCODER if self.stage == "upsample" else self.component
+
+    @property
     def streamed(self) -> int:
         return len(self.block_placements) - self.count(Placement.GPU)
 
@@ -170,9 +177,10 @@ class FormatChange:
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """A component to be quantized into the prepared store before the first run: bytes read and written, seconds."""
+    """A component, or the ``WHOLE_TEXT_ENCODER``, to be quantized into the prepared store before the first run: bytes
+    read and written, seconds."""
 
-    component: Component
+    component: str
     weight_format: str
     read_bytes: int
     write_bytes: int

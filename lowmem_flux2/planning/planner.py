@@ -158,8 +158,12 @@ def choose(jobs: Mapping[Stage, Job]) -> tuple[dict[Stage, StagePlan], Options]:
     else:
         encode, denoise = (_most_faithful(options[name]) for name in searched)
     chosen = {"encode": encode, "denoise": denoise, **whole}
-    if "upsample" in jobs:  # in one format, which is no reason for any other stage's
-        chosen["upsample"] = _least(options_of(jobs["upsample"], "upsample", value))
+    if "upsample" in jobs:  # by itself: what it takes is no reason for any other stage's format
+        alone = options_of(jobs["upsample"], "upsample", value)
+        if prefer == "balanced":
+            chosen["upsample"] = _balanced_alone(alone)
+        else:
+            chosen["upsample"] = _least(alone) if prefer == "speed" else _most_faithful(alone)
     return {name: chosen[name] for name in jobs}, options
 
 
@@ -230,6 +234,18 @@ def _balanced(
             return encode.found, denoise.found
         for search in (encode, denoise):
             search.advance()
+
+
+def _balanced_alone(options: Sequence[Option]) -> StagePlan:
+    """The least balance of one stage."""
+    while True:
+        best = min(
+            (option for option in options if option.search.bound is not None),
+            key=lambda option: balance(_bound(option.search) + option.unread, (option.error,)),
+        ).search
+        if best.found is not None:
+            return best.found
+        best.advance()
 
 
 def _bound(search: Search) -> int:

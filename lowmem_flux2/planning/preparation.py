@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable
 
 from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS
 from lowmem_flux2.planning.hardware import Hardware
-from lowmem_flux2.planning.models import Component, ModelSpec
-from lowmem_flux2.planning.plan import Preparation, StagePlan
+from lowmem_flux2.planning.models import ModelSpec
+from lowmem_flux2.planning.plan import WHOLE_TEXT_ENCODER, Preparation, StagePlan
 from lowmem_flux2.planning.stage_work import block_sizes
 
 WEIGHTS_PER_S = {"int8": 456e6, "fp8": 483e6, "nf4": 250e6, "int4": 297e6, "int6": 240e6}
@@ -20,8 +20,8 @@ SLOWEST_WEIGHTS_PER_S = min(WEIGHTS_PER_S.values())
 CHECKSUM_BYTES_PER_S = 4.2e9
 """CRC-32 of zlib, one thread of an AMD EPYC virtual machine (`runtime.blockfile`)."""
 
-Prepared = Collection[tuple[Component, str, str]]
-"""(component, format as stored, compute dtype) of what the store holds for a model."""
+Prepared = Collection[tuple[str, str, str]]
+"""(component, or ``WHOLE_TEXT_ENCODER``, format as stored, compute dtype) of what the store holds for a model."""
 
 
 def preparations(
@@ -33,14 +33,20 @@ def preparations(
     reads: an assumption, profiles have no rate of writing.
     """
     missing = []
+    there = set(prepared)
     for stage in stages:
         fmt = FORMATS[stage.weight_format]
-        if not fmt.is_prepared or (stage.component, fmt.stored_as, stage.compute_dtype) in prepared:
+        asked = (fmt.stored_as, stage.compute_dtype)
+        names = {stage.prepared_as} | ({WHOLE_TEXT_ENCODER} if stage.component == "text_encoder" else set())
+        if not fmt.is_prepared or any((name, *asked) in there for name in names):
             continue
+        there.add((stage.prepared_as, *asked))  # of two stages one is enough: the whole encoder comes first
         blocks = model.transformer.blocks if stage.component == "transformer" else model.text_encoder.blocks
+        if stage.prepared_as == WHOLE_TEXT_ENCODER:
+            blocks = (model.text_encoder.layer,) * model.text_encoder.num_layers
         weights = sum(block.total_weights for block in blocks)
         read, written = DTYPE_BYTES[model.stored_dtype_of(stage.component)] * weights, sum(block_sizes(stage, model))
         seconds = (read + written) / hardware.disk_read_bytes_per_s + written / CHECKSUM_BYTES_PER_S
         seconds += weights / WEIGHTS_PER_S.get(fmt.stored_as, SLOWEST_WEIGHTS_PER_S)
-        missing.append(Preparation(stage.component, fmt.stored_as, read, written, seconds))
+        missing.append(Preparation(stage.prepared_as, fmt.stored_as, read, written, seconds))
     return tuple(missing)

@@ -120,7 +120,7 @@ def _faults(stage: StagePlan, plan: Plan, spec: ModelSpec) -> Iterator[tuple[str
             f"0, or in a stage of the VAE a multiple of {TILE_STEP_PX} up to {TILE_MOST_PX}",
         )
     plain = not FORMATS[stage.weight_format].is_quantized
-    if (plain or name == "upsample" or name in ONE_BY_ONE) and stage.weight_format != stage.compute_dtype:
+    if (plain or name in ONE_BY_ONE) and stage.weight_format != stage.compute_dtype:
         rest = "unquantized weights rest in the compute dtype" if plain else "the VAE is not quantized"
         yield "weight_format", stage.weight_format, f"{rest}, {stage.compute_dtype}"
 

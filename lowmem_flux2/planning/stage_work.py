@@ -22,6 +22,7 @@ from lowmem_flux2.planning.batches import batch_sizes, batches_a_pass
 from lowmem_flux2.planning.file_bytes import (
     block_file_bytes,
     file_ratio,
+    stored_bytes,
     text_file_bytes,
     transformer_file_bytes,
     vae_file_bytes,
@@ -48,7 +49,15 @@ from lowmem_flux2.planning.plan import ONE_BY_ONE, StagePlan
 from lowmem_flux2.planning.step_caches import steps_taken
 from lowmem_flux2.planning.tiles import tiled_pixels_ratio
 from lowmem_flux2.planning.timeline import nanoseconds
-from lowmem_flux2.planning.upsampling import NEW_TOKENS, PROMPT_TOKENS, cache_bytes, token_activation_bytes, token_flops
+from lowmem_flux2.planning.upsampling import (
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    cache_bytes,
+    seeing_bytes,
+    seeing_flops,
+    token_activation_bytes,
+    token_flops,
+)
 from lowmem_flux2.planning.workload import Workload
 
 REFERENCE_ID_BYTES = 4 * 8
@@ -184,7 +193,10 @@ def _denoise_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwa
 
 
 def _upsample_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardware: Hardware) -> StageWork:
-    """A round is one token of every prompt, the first one with all of the prompt before it; as if none ended early."""
+    """A round is one token of every prompt, the first one with all of the prompt before it; as if none ended early.
+
+    What sees reference images is loaded, run and dropped before any layer is there.
+    """
     fmt, dims, prompts = FORMATS[stage.weight_format], model.text_encoder, stage.batch_size
     dtype_bytes, padded = DTYPE_BYTES[stage.compute_dtype], replace(workload, text_tokens=PROMPT_TOKENS)
     flops_of = (token_flops(dims, prompts), layer_flops(model, padded, prompts))
@@ -197,6 +209,11 @@ def _upsample_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardw
     head = fmt.plain_bytes(dims.embedding_weights, dtype_bytes)
     head_s = 2 * prompts * dims.embedding_weights / compute_rate(hardware, stage.compute_dtype)
     prompt_bytes = encode_activation_bytes(model, padded, (prompts,), dtype_bytes, fmt)
+    once_bytes = seen_file_bytes = 0
+    if workload.references and (vision := dims.vision) is not None:
+        once_bytes = seeing_bytes(vision, dims.hidden_size, dtype_bytes)
+        seen_file_bytes = stored_bytes(model, "text_encoder") * vision.weights
+        before["first_ns"] += nanoseconds(compute_seconds(hardware, stage.compute_dtype, *seeing_flops(vision), fmt), 1)
     return StageWork(
         block_bytes=tuple(block_sizes(stage, model)),
         compute_ns=(token_ns,) * dims.num_layers,
@@ -206,12 +223,13 @@ def _upsample_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardw
         kept_bytes=head + fmt.plain_bytes(dims.hidden_size, dtype_bytes),
         activation_bytes=max(
             prompt_bytes + cache_bytes(dims, prompts, PROMPT_TOKENS, dtype_bytes),
-            token_activation_bytes(dims, prompts, dtype_bytes),
+            token_activation_bytes(dims, prompts, dtype_bytes, fmt),
         ),
+        once_bytes=once_bytes,
         passing_bytes=head,
         block_file_bytes=block_file_bytes(stage, model, (dims.layer,) * dims.num_layers),
         file_ratio=file_ratio(stage, model),
-        other_file_bytes=writer_file_bytes(model, prompts * (PROMPT_TOKENS + NEW_TOKENS)),
+        other_file_bytes=writer_file_bytes(model, prompts * (PROMPT_TOKENS + NEW_TOKENS)) + seen_file_bytes,
     )
 
 

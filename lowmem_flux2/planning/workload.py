@@ -217,10 +217,10 @@ def _checked_temperature(temperature: float | None, model: ModelSpec, references
             f"caption upsampling: {model.name} is of the klein form, whose pipeline has none; rewrite the prompt "
             "elsewhere, or take flux2-dev"
         )
-    if references:
+    if references and model.text_encoder.vision is None:
         raise UsageError(
-            "caption upsampling with reference images is not in this version: its vision part is not run here; leave "
-            "one of the two out"
+            f"caption upsampling with reference images: the text encoder of {model.name} has no vision part; "
+            "leave one of the two out"
         )
     return float(temperature)
 

@@ -1,5 +1,7 @@
 """Makes a batch by its manifest: all prompts encoded, all images denoised, all decoded, from wherever it was.
 
+Prompts are upsampled before, where that is asked for.
+
 The manifest is replaced after each denoised batch and each picture, when what it then says is on disk. Images that were
 under way when the process was killed begin again with the same seeds; those that Ctrl-C stopped go on at their step.
 Either way its composition is the manifest's, so that the bits are those of an unbroken run.
@@ -29,6 +31,7 @@ from lowmem_flux2.runtime.picture import describe, png_bytes
 from lowmem_flux2.runtime.reference_images import load_references
 from lowmem_flux2.runtime.store import entry_of
 from lowmem_flux2.runtime.versions import versions
+from lowmem_flux2.runtime.vision import seen_of
 
 COMPONENTS = ("text_encoder", "transformer", "vae")
 
@@ -45,11 +48,13 @@ class BatchHooks:
     Args:
         event: told of warnings.
         saved: told of each picture: its file and seed.
+        upsampled: told of the prompts that the text encoder made.
         metadata: whether pictures say how they were made.
     """
 
     event: Callable[[str], None]
     saved: Callable[[Path, int], None]
+    upsampled: Callable[[tuple[str, ...]], None] = lambda _prompts: None
     metadata: bool = True
 
 
@@ -98,6 +103,7 @@ class BatchRun:
             if self.manifest.versions != versions() and self.manifest.count("done"):
                 self._hooks.event("this batch was begun with other versions of the libraries: see each picture's own")
             self._keep(self._as_found(replace(self.manifest, weights=here)))
+            self._upsample()
             self._encode()
             self._denoise()
             self._decode()
@@ -126,6 +132,29 @@ class BatchRun:
 
     def _file(self, image: ImageState) -> Path:
         return self._path.parent / image.path
+
+    # ---------------------------------------------------------------------------------------------------- upsample
+
+    def _upsample(self) -> None:
+        """Each group's prompts together, sampled with the seed of its first image; kept in the manifest."""
+        for number, group in enumerate(self.manifest.groups):
+            if not group.is_to_be_upsampled:
+                continue
+            made: list[str] = []
+            inputs = Inputs(
+                result="prompts",
+                references=load_references(group.request.references),
+                seen=seen_of(group.request),
+                on_upsampled=made.extend,
+                interruption=self._interruption,
+            )
+            result = self._engine.run(group.request, group.plan, inputs, self._seeds(group))
+            self._keep(self.manifest.with_upsampled(number, tuple(made)))
+            self._hooks.upsampled(tuple(made))
+            self._reports.setdefault(number, []).append(result.report)
+
+    def _seeds(self, group: Group) -> list[int]:
+        return [self.manifest.images[at].seed for at in group.images]
 
     # ------------------------------------------------------------------------------------------------------ encode
 
@@ -168,7 +197,7 @@ class BatchRun:
             formats.update(dict.fromkeys(batch, found[1]))
         request, is_guided = group.request, group.plan.workload.guidance_passes == 2
         negatives: torch.Tensor | None = None
-        if job.request == request:
+        if job.request == replace(request, caption_upsample_temperature=None):
             batches = prompt_batches(request.prompts, job.plan.stage("encode").batch_size)
             prompts = torch.cat([made[batch] for batch in batches])
             if is_guided:
@@ -213,7 +242,7 @@ class BatchRun:
             on_batch=keep,
             interruption=self._interruption,
         )
-        seeds = [self.manifest.images[at].seed for at in group.images]
+        seeds = self._seeds(group)
         try:
             made = self._engine.run(group.request, group.plan, inputs, seeds)
         except Interrupted:
@@ -262,15 +291,17 @@ class BatchRun:
         def save(index: int, picture: torch.Tensor, plan: Plan) -> None:
             at, (denoised, row) = waiting[index], made_by[index]
             image = self.manifest.images[at]
-            prompt = self.manifest.lines[image.line].prompt
-            texts = {}
-            if self._hooks.metadata:
-                texts = self._texts(group, at, denoised, row, plan, ImageRecord(None, image.seed, prompt))
+            record = ImageRecord(None, image.seed, self.manifest.lines[image.line].prompt)
+            if group.is_upsampled:
+                number_in = group.images.index(at) // group.request.num_images_per_prompt
+                made, first = group.request.prompts[number_in], self._seeds(group)[0]
+                record = replace(record, upsampled_prompt=made, upsample_seed=first)
+            texts = self._texts(group, at, denoised, row, plan, record) if self._hooks.metadata else {}
             path, digest = self._parts.put_picture(png_bytes(to_pil(picture), texts), self._file(image))
             name = path.relative_to(self._path.parent) if path.is_relative_to(self._path.parent) else path
             done = replace(image, path=str(name), state="done", latents=None, sha256=digest)
             self._keep(self.manifest.with_image(at, done))
-            self._made.setdefault(number, []).append(ImageRecord(str(path), image.seed, prompt))
+            self._made.setdefault(number, []).append(replace(record, path=str(path)))
             self._hooks.saved(path, image.seed)
 
         inputs = Inputs(
@@ -279,7 +310,7 @@ class BatchRun:
             keeps_pictures=False,
             interruption=self._interruption,
         )
-        seeds = [self.manifest.images[at].seed for at in group.images]
+        seeds = self._seeds(group)
         try:
             made = self._engine.run(group.request, group.plan, inputs, seeds)
         except DecodeFailed as failed:  # its latents are in the folder of parts

@@ -56,14 +56,15 @@ def transformer_blocks(net: Any) -> Blocks:
     return Blocks((*doubles, *singles), tuple(prefixes))
 
 
-def text_decoder_on_meta(folder: Path, model: ModelSpec) -> Any:
-    """The inner decoder with only the used layers, weights on the meta device, rotary tables real."""
+def text_decoder_on_meta(folder: Path, model: ModelSpec, layers: int | None = None) -> Any:
+    """The inner decoder with so many layers, by default the used ones, weights on the meta device, rotary tables
+    real."""
     if model.form == "dev":
         from transformers import MistralModel as Decoder
     else:
         from transformers import Qwen3Model as Decoder
     config = AutoConfig.from_pretrained(folder).get_text_config()
-    used = model.text_encoder.layers_used
+    used = model.text_encoder.layers_used if layers is None else layers
     config.num_hidden_layers = used
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:used]

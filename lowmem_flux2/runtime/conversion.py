@@ -20,6 +20,7 @@ import torch
 
 from lowmem_flux2.errors import CheckpointBroken
 from lowmem_flux2.planning.models import ModelSpec
+from lowmem_flux2.planning.plan import WHOLE_TEXT_ENCODER
 from lowmem_flux2.runtime.blockfile import block_path, write_block
 from lowmem_flux2.runtime.checkpoint import TensorFile
 from lowmem_flux2.runtime.components import (
@@ -63,7 +64,7 @@ class Conversion:
     def of(
         cls, folder: Path, model: ModelSpec, component: str, weight_format: str, dtype: torch.dtype, files: TensorFile
     ) -> Conversion:
-        """Of ``transformer`` or ``text_encoder``. Raises CheckpointBroken where its config cannot be read."""
+        """Of what the prepared store holds. Raises CheckpointBroken where its config cannot be read."""
         try:
             blocks = _component_blocks(folder, model, component, files)
         except OSError as error:
@@ -210,7 +211,10 @@ def _single_threads() -> Iterator[int]:
 
 
 def _component_blocks(folder: Path, model: ModelSpec, component: str, files: TensorFile) -> Blocks:
-    """The streamable blocks of ``transformer`` or ``text_encoder``, on the meta device."""
+    """The streamable blocks of a component, or of the whole text encoder, on the meta device."""
     if component == "transformer":
         return transformer_blocks(transformer_on_meta(folder / component))
-    return text_decoder_blocks(text_decoder_on_meta(folder / component, model), text_decoder_root(files))
+    text = model.text_encoder
+    layers = text.num_layers if component == WHOLE_TEXT_ENCODER else text.layers_used
+    decoder = text_decoder_on_meta(folder / "text_encoder", model, layers)
+    return text_decoder_blocks(decoder, text_decoder_root(files))

@@ -10,7 +10,7 @@ from pathlib import Path
 from lowmem_flux2.errors import CheckpointMissing, DoesNotFit
 from lowmem_flux2.planning.models import Component
 from lowmem_flux2.planning.sources import ModelSource, SingleFile, explain_hub_error, hub_client, resolve_model
-from lowmem_flux2.planning.weight_files import component_headers, read_index
+from lowmem_flux2.planning.weight_files import component_headers, every_tensor, read_index
 
 _PARTS = ("scheduler/*", "tokenizer/*", "transformer/*", "text_encoder/*", "vae/*", "*.json")
 _PICKLES = ("*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.onnx")
@@ -68,14 +68,17 @@ def with_weights(source: ModelSource, *, offline: bool) -> ModelSource:
     return found
 
 
-def with_whole_text_encoder(source: ModelSource, *, offline: bool) -> ModelSource:
+def with_whole_text_encoder(source: ModelSource, *, offline: bool, sees: bool = False) -> ModelSource:
     """A source with a folder, its text encoder with all that writes text: every layer and lm_head.
+
+    Args:
+        sees: with the vision part too.
 
     Raises:
         CheckpointMissing, CheckpointAccess, DoesNotFit: as ``with_weights``.
     """
     assert source.folder is not None
-    writes = source.spec.text_encoder.writes_with
+    writes = every_tensor if sees else source.spec.text_encoder.writes_with
     try:
         component_headers(source.folder / "text_encoder", writes)
     except CheckpointMissing:

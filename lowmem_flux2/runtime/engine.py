@@ -31,10 +31,11 @@ from lowmem_flux2.runtime.interrupted_file import InterruptedRun, read_saved
 from lowmem_flux2.runtime.interruption import Interruption
 from lowmem_flux2.runtime.latents_file import LatentImage, SavedLatents
 from lowmem_flux2.runtime.observer import Observer, Silent
-from lowmem_flux2.runtime.reference_images import prepare_references
+from lowmem_flux2.runtime.reference_images import pictures_of, prepare_references
 from lowmem_flux2.runtime.running import Running
 from lowmem_flux2.runtime.step_hook import StepCallback, StepHook
 from lowmem_flux2.runtime.upsample import seed_of
+from lowmem_flux2.runtime.vision import seen_of
 from lowmem_flux2.units import parse_bytes
 
 __all__ = ["Engine", "Generation"]
@@ -282,7 +283,8 @@ class Engine:
                 raise UsageError(f"prompt_embeds have the shape {tuple(prompt_embeds.shape)}: (prompts, tokens, width)")
             prompt = ["(embeddings)"] * prompt_embeds.shape[0]
             max_sequence_length = int(prompt_embeds.shape[1])
-        references, pictures = prepare_references(image, self._source.spec.size_multiple, image_size)
+        opened = None if image is None else pictures_of(image)
+        references, pictures = prepare_references(opened, self._source.spec.size_multiple, image_size)
         request = self.request(
             prompt,
             negative_prompt=negative_prompt,
@@ -308,6 +310,7 @@ class Engine:
             hook=hook,
             references=pictures,
             interruption=interruption,
+            seen=seen_of(request, [picture for _, picture in opened or ()]),
         )
         check_inputs(self._source.spec, request, inputs)
         if plan is not None:
@@ -393,7 +396,9 @@ class Engine:
         self._source = with_weights(self._source, offline=self._running.offline)
         is_upsampled = job.request.caption_upsample_temperature is not None and job.inputs.prompt_embeds is None
         if is_upsampled and job.resumed is None:
-            self._source = with_whole_text_encoder(self._source, offline=self._running.offline)
+            self._source = with_whole_text_encoder(
+                self._source, offline=self._running.offline, sees=bool(job.request.references)
+            )
         return carry_out(job, self._source, self._running, self._observer)
 
 

@@ -130,6 +130,8 @@ class Executor:
         packed = inputs.packed
         if packed is None:
             request = self._upsample(request, inputs)
+            if inputs.result == "prompts":
+                return self._outcome
             embeds, negative = self._encode(request, inputs)
             if inputs.result == "embeddings":
                 return self._outcome
@@ -151,7 +153,7 @@ class Executor:
         made: list[str] = []
 
         def attempt(stage: StagePlan, loaded: Callable[[], None]) -> None:
-            arguments = (self._folder, stage, self._device, self._event, self._weights)
+            arguments = (self._folder, self._model, stage, self._device, self._event, self._weights, inputs.seen)
             with closing(Upsampler(*arguments)) as upsampler:
                 loaded()
                 made.extend(upsampler.upsample(request.prompts, temperature, inputs.upsample_seed, self._stepped))

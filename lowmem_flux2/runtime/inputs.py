@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from PIL import Image
 
 from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning.batches import Batch, negatives_of, prompt_batches
@@ -20,7 +21,7 @@ from lowmem_flux2.runtime.step_hook import StepHook
 
 OnPicture = Callable[[int, torch.Tensor, Plan], None]
 OnBatch = Callable[[int, torch.Tensor, Plan], None]
-Wanted = Literal["pictures", "vae_latents", "packed_latents", "embeddings"]
+Wanted = Literal["pictures", "vae_latents", "packed_latents", "embeddings", "prompts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ class Inputs:
     """Pictures (height, width, 3) in 8 bits, of the sizes that the request has."""
     encoded_references: References | None = None
     """The same, encoded already."""
+    seen: Image.Image | None = None
+    """What the text encoder sees of the references where captions are upsampled: ``vision.side_by_side``."""
     upsample_seed: int = 0
     """Of the sampling of upsampled captions."""
     on_upsampled: Callable[[tuple[str, ...]], None] | None = None
@@ -76,6 +79,8 @@ def check_inputs(model: ModelSpec, request: Request, inputs: Inputs) -> None:
     shapes = [(one.height, one.width, 3) for one in request.references]
     if inputs.references and [tuple(picture.shape) for picture in inputs.references] != shapes:
         raise UsageError(f"reference pictures have other shapes than the request's, {shapes}")
+    if request.caption_upsample_temperature is not None and request.references and inputs.seen is None:
+        raise UsageError("caption upsampling with reference images: the text encoder is to see them too")
     given = inputs.generators
     if isinstance(given, Sequence) and len(given) != request.num_images:
         raise UsageError(f"{len(given)} generators for {request.num_images} images: one each, or a single one")

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from lowmem_flux2.errors import ManifestMismatch, UsageError
+from lowmem_flux2.planning.batches import negatives_of, prompt_batches
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.prompt_file import PromptLine
 from lowmem_flux2.planning.workload import Request
@@ -73,6 +74,7 @@ class Group:
         encode: index of the encode job that all its prompts and negative prompts are in.
         images: indexes of the batch's images, in the request's order.
         batches: of the same, as they are denoised together.
+        is_upsampled: the request's prompts are those that the text encoder made of the lines'.
     """
 
     request: Request
@@ -80,6 +82,20 @@ class Group:
     encode: int
     images: tuple[int, ...]
     batches: tuple[tuple[int, ...], ...]
+    is_upsampled: bool = False
+
+    @property
+    def is_to_be_upsampled(self) -> bool:
+        return self.request.caption_upsample_temperature is not None and not self.is_upsampled
+
+
+def own_encode(group: Group) -> EncodeJob:
+    """The prompts of one group, as those of one run are encoded."""
+    request = replace(group.request, caption_upsample_temperature=None)
+    batches = prompt_batches(request.prompts, group.plan.stage("encode").batch_size)
+    if group.plan.workload.guidance_passes == 2:
+        batches += [batch for batch in negatives_of(batches, request.negative_prompt) if batch not in batches]
+    return EncodeJob(request, group.plan, tuple(dict.fromkeys(batches)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +132,14 @@ class Manifest:
         images[index] = state
         return replace(self, images=tuple(images))
 
+    def with_upsampled(self, number: int, prompts: tuple[str, ...]) -> Manifest:
+        """With the prompts that the text encoder made of a group's."""
+        group = self.groups[number]
+        group = replace(group, request=replace(group.request, prompts=prompts), is_upsampled=True)
+        groups = (*self.groups[:number], group, *self.groups[number + 1 :])
+        encodes = (*self.encodes[: group.encode], own_encode(group), *self.encodes[group.encode + 1 :])
+        return replace(self, groups=groups, encodes=encodes)
+
     def count(self, state: State) -> int:
         return sum(image.state == state for image in self.images)
 
@@ -134,7 +158,10 @@ class Manifest:
         """
         found = [*_options_that_differ(self.options, options), *_lines_that_differ(self.lines, lines)]
         if not found:  # the model's own defaults may have changed, or a file that a line names
-            pairs = zip([group.request for group in self.groups], requests, strict=False)
+            pairs = [
+                (group.request, replace(asked, prompts=group.request.prompts) if group.is_upsampled else asked)
+                for group, asked in zip(self.groups, requests, strict=False)
+            ]
             found = [words for begun, asked in pairs for words in _fields_that_differ("", begun, asked)]
             if len(self.groups) != len(requests):
                 found.append(f"groups of alike lines: manifest {len(self.groups)}, here {len(requests)}")
@@ -214,7 +241,13 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
     raw = asdict(replace(manifest, encodes=(), groups=()))
     raw["encodes"] = [_job(job) | {"batches": job.batches} for job in manifest.encodes]
     raw["groups"] = [
-        _job(group) | {"encode": group.encode, "images": group.images, "batches": group.batches}
+        _job(group)
+        | {
+            "encode": group.encode,
+            "images": group.images,
+            "batches": group.batches,
+            "is_upsampled": group.is_upsampled,
+        }
         for group in manifest.groups
     ]
     return {"format": FORMAT, **raw}

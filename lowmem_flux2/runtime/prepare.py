@@ -20,7 +20,17 @@ from lowmem_flux2.runtime.checkpoint import TensorFile
 from lowmem_flux2.runtime.conversion import Conversion
 from lowmem_flux2.runtime.device import DTYPES
 from lowmem_flux2.runtime.layout import Layout
-from lowmem_flux2.runtime.store import LIBRARIES, SCHEMA, Entry, Manifest, PreparedStore, entry_of, find, layout_digest
+from lowmem_flux2.runtime.store import (
+    LIBRARIES,
+    SCHEMA,
+    Entry,
+    Manifest,
+    PreparedStore,
+    entry_of,
+    files_of,
+    find,
+    layout_digest,
+)
 from lowmem_flux2.units import format_bytes
 
 SOURCE = "source.txt"
@@ -57,7 +67,8 @@ def prepare(
     found = find(folder, component, weight_format, dtype, cache)  # writes nothing: the cache may be read-only
     if found is not None:
         return found
-    stamp = _stamp(folder / component)
+    source = folder / files_of(component)
+    stamp = _stamp(source)
     entry = entry_of(folder, component, weight_format, dtype)
     final = entry_folder(cache, entry.name)
     partial = final.with_name(f"{PARTIAL}{entry.name}")
@@ -73,11 +84,11 @@ def prepare(
             for left in partial.glob("*.tmp"):  # by a run that was killed
                 left.unlink()
             write_atomically(partial / SOURCE, str(folder.resolve()))
-            with TensorFile(folder / component) as files:
+            with TensorFile(source) as files:
                 job = Conversion.of(folder, model, component, weight_format, DTYPES[dtype], files)
                 _check_disk(partial, job.bytes_missing(partial))
                 on_start(len(job.missing(partial)))
-                job.run(partial, on_block, lambda: _check_stamp(folder / component, stamp))
+                job.run(partial, on_block, lambda: _check_stamp(source, stamp))
             write_atomically(partial / MANIFEST, _manifest(partial, entry, folder, job.layouts).text())
             _sync_folder(partial)
             partial.rename(final)

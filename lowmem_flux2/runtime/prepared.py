@@ -16,13 +16,13 @@ from lowmem_flux2.runtime.store import PreparedStore, find
 
 
 def prepared_stores(plan: Plan, source: ModelSource, running: Running, observer: Observer) -> dict[str, PreparedStore]:
-    """The prepared store of each component that the plan quantizes and loads.
+    """The prepared store of each component that the plan quantizes and loads, by ``StagePlan.prepared_as``.
 
     Raises:
         CheckpointMissing: one is not there and must not be made; says the command that makes it.
     """
     return {
-        stage.component: _store(stage, source, running, observer)
+        stage.prepared_as: _store(stage, source, running, observer)
         for stage in plan.stages
         if FORMATS[stage.weight_format].is_prepared and not plan.is_cached(stage)
     }
@@ -33,7 +33,7 @@ def at_hand(stage: StagePlan, source: ModelSource, running: Running) -> Support:
     if running.may_prepare:
         return SUPPORTED
     assert source.folder is not None
-    asked = (source.folder, stage.component)
+    asked = (source.folder, stage.prepared_as)
     formats = {
         name
         for name in SUPPORTED.weight_formats
@@ -44,14 +44,14 @@ def at_hand(stage: StagePlan, source: ModelSource, running: Running) -> Support:
 
 def _store(stage: StagePlan, source: ModelSource, running: Running, observer: Observer) -> PreparedStore:
     assert source.folder is not None
-    asked = (stage.component, stage.weight_format, stage.compute_dtype)
+    asked = (stage.prepared_as, stage.weight_format, stage.compute_dtype)
     found = find(source.folder, *asked, running.cache)
     if found is not None:
         return found
     if not running.may_prepare:
         raise CheckpointMissing(
-            f"{stage.component} in {stage.weight_format} is not prepared, and --no-prepare was given; run: "
-            f"lowmem-flux2 prepare -m {source.spec.source} --component {stage.component} "
+            f"{stage.prepared_as} in {stage.weight_format} is not prepared, and --no-prepare was given; run: "
+            f"lowmem-flux2 prepare -m {source.spec.source} --component {stage.prepared_as} "
             f"--weight-format {stage.weight_format} --dtype {stage.compute_dtype} --cache-dir {running.cache}"
         )
     made = prepare(

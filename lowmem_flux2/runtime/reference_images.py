@@ -150,18 +150,17 @@ def prepared(picture: Image.Image, reference: Reference) -> torch.Tensor:
 
 
 def prepare_references(
-    image: object, multiple: int, bound_px: int | None
+    given: Sequence[tuple[str, Image.Image]] | None, multiple: int, bound_px: int | None
 ) -> tuple[tuple[Reference, ...], tuple[torch.Tensor, ...]]:
-    """What ``Engine.generate`` was given as ``image``: what the request says of it, and the pictures.
+    """``pictures_of`` what ``Engine.generate`` was given as ``image``: what the request says of it, and the pictures.
 
     Raises:
         UsageError: see ``pictures_of`` and ``reference_of``.
     """
-    if image is None:
+    if given is None:
         if bound_px is not None:
             raise UsageError("image_size bounds reference images: give image, or leave it out")
         return (), ()
-    given = pictures_of(image)
     bound = STOCK_BOUND_PX if bound_px is None else bound_px
     references, pictures = [], []
     for name, picture in given:

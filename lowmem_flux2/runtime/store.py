@@ -25,6 +25,7 @@ import torch
 
 from lowmem_flux2.errors import CheckpointBroken, UsageError
 from lowmem_flux2.planning.formats import FORMATS
+from lowmem_flux2.planning.plan import WHOLE_TEXT_ENCODER
 from lowmem_flux2.planning.weight_files import component_headers, no_tensor
 from lowmem_flux2.runtime.blockfile import StoredBlock, block_path
 from lowmem_flux2.runtime.cache import MANIFEST, entry_folder, repair
@@ -42,7 +43,10 @@ SAMPLES, SAMPLE_BYTES = 16, 4096
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What an entry holds; its name in the cache is made of these. The weight format is the stored one."""
+    """What an entry holds; its name in the cache is made of these. The weight format is the stored one.
+
+    ``component`` may be ``plan.WHOLE_TEXT_ENCODER``.
+    """
 
     component: str
     weight_format: str
@@ -65,7 +69,8 @@ def entry_of(folder: Path, component: str, weight_format: str, dtype: str) -> En
         UsageError: the format's library is not installed.
         CheckpointBroken, CheckpointMissing: the source cannot be read.
     """
-    weight_format = FORMATS[weight_format].stored_as
+    weight_format, name = FORMATS[weight_format].stored_as, component
+    component = files_of(component)
     digest = hashlib.sha256(f"schema {SCHEMA} {weight_format} {dtype}".encode())
     if weight_format in LIBRARIES:
         try:
@@ -82,7 +87,12 @@ def entry_of(folder: Path, component: str, weight_format: str, dtype: str) -> En
                 digest.update(sample)
     except OSError as error:
         raise CheckpointBroken(f"{folder / component} cannot be read: {error}") from error
-    return Entry(component, weight_format, dtype, digest.hexdigest()[:16])
+    return Entry(name, weight_format, dtype, digest.hexdigest()[:16])
+
+
+def files_of(component: str) -> str:
+    """The folder with the files of what is prepared."""
+    return "text_encoder" if component == WHOLE_TEXT_ENCODER else component
 
 
 def _samples(path: Path, size_bytes: int) -> Iterator[bytes]:
@@ -173,7 +183,9 @@ class PreparedStore:
         dtype = DTYPES[self.manifest.dtype]
         modules = blocks.converted(weight_format or self.manifest.weight_format, dtype).modules
         layouts = [layout_of(module, "", dtype) for module in modules]
-        if layout_digest(layouts) != self.manifest.layout:
+        # Encoding takes the first layers of a whole text encoder, which are all alike.
+        others = layouts[-1:] * (len(self.manifest.block_bytes) - len(layouts))
+        if layout_digest([*layouts, *others]) != self.manifest.layout:
             raise CheckpointBroken(
                 f"{self.folder} was prepared for another model, or by another release of diffusers or transformers; "
                 f"{repair(self.folder)}"
@@ -194,9 +206,13 @@ class PreparedStore:
 
 
 def find(folder: Path, component: str, weight_format: str, dtype: str, cache: Path) -> PreparedStore | None:
-    """The finished entry for a component as its files are now, or None."""
-    final = entry_folder(cache, entry_of(folder, component, weight_format, dtype).name)
-    return PreparedStore.open(final) if final.exists() else None
+    """The finished entry for a component as its files are now, or None. That of the whole text encoder serves for the
+    layers that encoding takes."""
+    for name in (component, WHOLE_TEXT_ENCODER) if component == "text_encoder" else (component,):
+        final = entry_folder(cache, entry_of(folder, name, weight_format, dtype).name)
+        if final.exists():
+            return PreparedStore.open(final)
+    return None
 
 
 def layout_digest(layouts: Sequence[Layout]) -> str:

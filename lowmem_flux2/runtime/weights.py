@@ -58,7 +58,7 @@ class Weights(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CheckpointWeights:
-    """A diffusers folder, the prepared store of each component that the plan quantizes, and what may be pinned."""
+    """A diffusers folder, the prepared stores of the plan by ``StagePlan.prepared_as``, and what may be pinned."""
 
     folder: Path
     stores: Mapping[str, PreparedStore] = field(default_factory=dict)
@@ -95,5 +95,5 @@ class CheckpointWeights:
         if stage.weight_format == GGUF:
             return packed_sources(blocks, tensors, dtype)
         is_stored = FORMATS[stage.weight_format].is_quantized  # of one component another stage's format may be
-        store = self.stores.get(stage.component) if is_stored else None
+        store = self.stores.get(stage.prepared_as) if is_stored else None
         return store.sources(blocks, stage.weight_format) if store else blocks.sources(tensors, dtype)

@@ -118,10 +118,11 @@ def assert_encoder(spec: TextEncoderSpec, real: Any, language: Any, vision: list
     assert len(language.layers) == spec.num_layers
     assert spec.embedding_weights == weights(language.embed_tokens)
     assert spec.cut_weights == weights(language.embed_tokens) + weights(language.layers[: spec.layers_used])
-    assert spec.vision_weights == sum(map(weights, vision))
+    seeing = spec.vision.weights if spec.vision is not None else 0
+    assert seeing == sum(map(weights, vision))
     tied = weights(real.lm_head) if spec.tie_word_embeddings else 0  # on meta, tied weights are not shared yet
     shared = real.lm_head.weight is language.embed_tokens.weight
-    assert spec.full_weights + spec.vision_weights == weights(real) - (0 if shared else tied)
+    assert spec.full_weights + seeing == weights(real) - (0 if shared else tied)
 
 
 def meta_encoder(config: Mapping[str, Any]) -> tuple[nn.Module, nn.Module, list[nn.Module]]:
@@ -339,7 +340,7 @@ def test_architecture_without_model_type() -> None:
         k: v for k, v in configs["text_encoder"].items() if k not in ("model_type", "vision_config")
     }
     spec = spec_from_configs("m", "m", configs)
-    assert (spec.text_encoder.architecture, spec.text_encoder.vision_weights) == ("mistral3", 0)
+    assert (spec.text_encoder.architecture, spec.text_encoder.vision) == ("mistral3", None)
 
 
 def test_missing_config_file() -> None:

@@ -19,7 +19,7 @@ from lowmem_flux2.planning.replay import check_replay
 from lowmem_flux2.planning.selection import Selection
 from lowmem_flux2.planning.stage_work import stage_work
 from lowmem_flux2.planning.upsampling import NEW_TOKENS, PROMPT_TOKENS, cache_bytes
-from lowmem_flux2.planning.workload import make_request
+from lowmem_flux2.planning.workload import make_request, workload_of
 from lowmem_flux2.units import MIB
 
 CARD = machine("rtx-4090-24gb", 64)
@@ -42,7 +42,11 @@ def test_it_is_there_only_when_asked_for_and_changes_no_other_stage(prefer: Any)
     if prefer != "memory":
         assert [stage.weight_format for stage in with_it.stages[1:]] == [each.weight_format for each in without.stages]
     upsample = with_it.stage("upsample")
-    assert (upsample.component, upsample.weight_format, upsample.compute_dtype) == ("text_encoder", "bf16", "bf16")
+    assert (upsample.component, upsample.prepared_as, upsample.compute_dtype) == (
+        "text_encoder",
+        "whole_text_encoder",
+        "bf16",
+    )
     assert len(upsample.block_placements) == spec(DEV).text_encoder.num_layers == 40
     assert with_it.peak_vram_bytes <= with_it.limits.vram_bytes
 
@@ -85,7 +89,7 @@ def test_its_next_rung_has_a_lower_peak() -> None:
     lower = next_rung(plan, "upsample", spec(DEV), SUPPORTED)
     assert lower is not None
     assert peak_bytes(lower.stage("upsample")) < peak_bytes(plan.stage("upsample"))
-    assert lower.stage("upsample").weight_format == "bf16"
+    assert lower.stage("upsample").weight_format == plan.stage("upsample").weight_format != "bf16"
 
 
 def test_printed_commands_keep_it() -> None:
@@ -103,7 +107,44 @@ def test_what_has_no_upsampling_is_refused() -> None:
     assert make_request(spec(DEV), ("x",), caption_upsample_temperature=0.0).caption_upsample_temperature is None
 
 
-def test_with_reference_images_it_is_refused() -> None:
+def test_reference_images_are_seen_and_counted() -> None:
     reference = Reference("a.png", 512, 512)
-    with pytest.raises(UsageError, match="with reference images is not in this version"):
-        make_request(spec(DEV), ("x",), caption_upsample_temperature=0.15, references=(reference,))
+    request = make_request(spec(DEV), ("x",), caption_upsample_temperature=0.15, references=(reference,))
+    stage = replace(StagePlan.bare("upsample", "bf16", "bf16"), batch_size=1)
+    seeing, blind = (
+        stage_work(stage, spec(DEV), workload_of(asked, spec(DEV)), CARD)
+        for asked in (request, replace(request, references=()))
+    )
+    vision = spec(DEV).text_encoder.vision
+    assert vision is not None and blind.once_bytes == 0
+    assert seeing.once_bytes > 2 * vision.weights > 800_000_000
+    assert seeing.first_ns > blind.first_ns
+    assert seeing.other_file_bytes - blind.other_file_bytes == 2 * vision.weights
+    text = replace(spec(DEV).text_encoder, vision=None)
+    with pytest.raises(UsageError, match="has no vision part; leave one of the two out"):
+        make_request(
+            replace(spec(DEV), text_encoder=text),
+            ("x",),
+            caption_upsample_temperature=0.15,
+            references=(reference,),
+        )
+
+
+def test_quantized_layers_are_planned_and_prepared_once() -> None:
+    plan = planned(selection=Selection(text_weight_format="int8"))
+    assert [stage.weight_format for stage in plan.stages[:2]] == ["int8", "int8"]
+    (made,) = (each for each in plan.preparations if "text_encoder" in each.component)
+    assert made.component == "whole_text_encoder"
+    assert made.write_bytes > 0.9 * made.read_bytes / 2 > 20e9
+    again = make_plan(
+        spec(DEV),
+        plan.workload,
+        CARD,
+        Selection(text_weight_format="int8"),
+        profile="x",
+        support=SUPPORTED,
+        prepared={("whole_text_encoder", "int8", "bf16")},
+    )
+    assert not [each for each in again.preparations if "text_encoder" in each.component]
+    assert planned(selection=Selection(prefer="quality")).stage("upsample").weight_format == "bf16"
+    assert planned(selection=Selection(prefer="speed")).stage("upsample").weight_format != "bf16"
