@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 
 from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS
 from lowmem_flux2.planning.hardware import Hardware
-from lowmem_flux2.planning.models import ModelSpec
+from lowmem_flux2.planning.models import OUT_LAYERS, ModelSpec
 from lowmem_flux2.planning.plan import WHOLE_TEXT_ENCODER, Preparation, StagePlan
 from lowmem_flux2.planning.stage_work import block_sizes
 
@@ -24,6 +24,15 @@ Prepared = Collection[tuple[str, str, str]]
 """(component, or ``WHOLE_TEXT_ENCODER``, format as stored, compute dtype) of what the store holds for a model."""
 
 
+def prepared_as(stage: StagePlan, model: ModelSpec) -> str:
+    """What the store is to hold for a stage: of a text encoder with other layers tapped than its pipeline's, the whole,
+    as the cut one is that of the pipeline."""
+    text = model.text_encoder
+    if stage.component == "text_encoder" and text.out_layers != OUT_LAYERS[text.architecture]:
+        return WHOLE_TEXT_ENCODER
+    return stage.prepared_as
+
+
 def preparations(
     stages: Iterable[StagePlan], model: ModelSpec, hardware: Hardware, prepared: Prepared
 ) -> tuple[Preparation, ...]:
@@ -37,16 +46,19 @@ def preparations(
     for stage in stages:
         fmt = FORMATS[stage.weight_format]
         asked = (fmt.stored_as, stage.compute_dtype)
-        names = {stage.prepared_as} | ({WHOLE_TEXT_ENCODER} if stage.component == "text_encoder" else set())
-        if not fmt.is_prepared or any((name, *asked) in there for name in names):
+        name = prepared_as(stage, model)
+        names = {name} | ({WHOLE_TEXT_ENCODER} if stage.component == "text_encoder" else set())
+        if not fmt.is_prepared or any((each, *asked) in there for each in names):
             continue
-        there.add((stage.prepared_as, *asked))  # of two stages one is enough: the whole encoder comes first
+        there.add((name, *asked))  # of two stages one is enough: the whole encoder comes first
         blocks = model.transformer.blocks if stage.component == "transformer" else model.text_encoder.blocks
-        if stage.prepared_as == WHOLE_TEXT_ENCODER:
-            blocks = (model.text_encoder.layer,) * model.text_encoder.num_layers
+        sizes = block_sizes(stage, model)
+        if name == WHOLE_TEXT_ENCODER:
+            layers = model.text_encoder.num_layers
+            blocks, sizes = (model.text_encoder.layer,) * layers, sizes[:1] * layers
         weights = sum(block.total_weights for block in blocks)
-        read, written = DTYPE_BYTES[model.stored_dtype_of(stage.component)] * weights, sum(block_sizes(stage, model))
+        read, written = DTYPE_BYTES[model.stored_dtype_of(stage.component)] * weights, sum(sizes)
         seconds = (read + written) / hardware.disk_read_bytes_per_s + written / CHECKSUM_BYTES_PER_S
         seconds += weights / WEIGHTS_PER_S.get(fmt.stored_as, SLOWEST_WEIGHTS_PER_S)
-        missing.append(Preparation(stage.prepared_as, fmt.stored_as, read, written, seconds))
+        missing.append(Preparation(name, fmt.stored_as, read, written, seconds))
     return tuple(missing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lowmem_flux2.errors import UsageError
@@ -39,6 +39,7 @@ class Request:
         references: pictures that all images of the run are made after, in the order that the prompt counts them.
         loras: added to the transformer while it runs.
         caption_upsample_temperature: of the prompts' rewriting by the text encoder; None for the prompts as they are.
+        text_encoder_out_layers: hidden states that are taken in place of the model's own; see ``spec_of``.
     """
 
     prompts: tuple[str, ...]
@@ -52,6 +53,7 @@ class Request:
     references: tuple[Reference, ...] = ()
     loras: tuple[Lora, ...] = ()
     caption_upsample_temperature: float | None = None
+    text_encoder_out_layers: tuple[int, ...] | None = None
 
     @property
     def num_images(self) -> int:
@@ -96,6 +98,29 @@ def guidance_passes(model: ModelSpec, guidance_scale: float) -> int:
 def token_counts(sizes: Sequence[tuple[int, int]], multiple: int) -> tuple[int, ...]:
     """Tokens of pictures of these (width, height): one a latent patch."""
     return tuple((width // multiple) * (height // multiple) for width, height in sizes)
+
+
+def spec_of(model: ModelSpec, out_layers: Sequence[int] | None) -> ModelSpec:
+    """The model with other hidden states of its text encoder tapped: entry k is the output after k layers, 0 the token
+    embedding; in this order, and one may come twice, as in the stock pipelines.
+
+    Raises:
+        UsageError: a layer that it lacks, or not as many states as the transformer's text input is made of.
+    """
+    text = model.text_encoder
+    if out_layers is None or tuple(out_layers) == text.out_layers:
+        return model
+    wanted = ", ".join(map(str, out_layers))
+    if len(out_layers) != len(text.out_layers):
+        raise UsageError(
+            f"text_encoder_out_layers {wanted}: {model.name} takes {len(text.out_layers)} hidden states side by side"
+        )
+    if any(not 0 <= layer <= text.num_layers for layer in out_layers) or max(out_layers) < 1:
+        raise UsageError(
+            f"text_encoder_out_layers {wanted}: the text encoder of {model.name} has the states 0 (the token "
+            f"embedding) to {text.num_layers}, and one layer at least must run"
+        )
+    return replace(model, text_encoder=replace(text, out_layers=tuple(out_layers)))
 
 
 def workload_of(request: Request, model: ModelSpec) -> Workload:

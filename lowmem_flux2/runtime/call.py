@@ -1,13 +1,15 @@
-"""What may be asked of ``Engine.generate`` together, and what of the stock pipelines' arguments is refused."""
+"""The arguments of ``Engine.generate``: what may be asked together, and what the stock pipelines mean by some."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from math import isfinite
+from typing import Any, cast
 
 from lowmem_flux2.errors import UsageError
-from lowmem_flux2.planning.models import ModelSpec
+from lowmem_flux2.planning.adapters import Lora
+from lowmem_flux2.runtime.generation import Generation
 from lowmem_flux2.runtime.images import OUTPUT_TYPES
 
 
@@ -39,30 +41,32 @@ def check_together(
         raise UsageError(f"output_type {output_type!r}: one of {', '.join(OUTPUT_TYPES)}")
 
 
-def check_stock(
-    model: ModelSpec,
-    return_dict: bool,
-    attention_kwargs: Mapping[str, Any] | None,
-    text_encoder_out_layers: Sequence[int] | None,
-) -> None:
-    """Arguments of the stock pipelines that this engine takes only at the value they have anyway.
+def lora_scale(attention_kwargs: Mapping[str, Any] | None, loras: Sequence[Lora]) -> float:
+    """What ``attention_kwargs`` does in the stock pipelines: ``scale`` multiplies the scales of all LoRAs.
 
     Raises:
-        UsageError: another value; says what it would have to be, and why.
+        UsageError: a ``scale`` with nothing to scale; or another key, which the stock pipelines ignore with a warning,
+            but for ``attention_mask``.
     """
-    if not return_dict:
-        raise UsageError("return_dict=False: generate returns a Generation; the stock tuple is (its images,)")
     kwargs = dict(attention_kwargs or {})
-    if kwargs.pop("scale", 1.0) != 1.0:
-        raise UsageError("attention_kwargs: 'scale' is that of LoRA weights: give each LoRA its own scale instead")
+    scale = kwargs.pop("scale", 1.0)
+    if not isinstance(scale, int | float) or not isfinite(scale):
+        raise UsageError(f"attention_kwargs: scale {scale!r} is no finite number")
+    if scale != 1 and not loras:
+        raise UsageError("attention_kwargs: 'scale' multiplies the scales of LoRAs, and there is none: leave it out")
+    if "attention_mask" in kwargs:
+        raise UsageError(
+            "attention_kwargs: attention_mask: FLUX.2 was trained without one, text padding included, and none is "
+            "counted in the plan: leave it out"
+        )
     if kwargs:
         raise UsageError(f"attention_kwargs: {', '.join(kwargs)}: FLUX.2's attention has no such option")
-    layers = model.text_encoder.out_layers
-    if text_encoder_out_layers is not None and tuple(text_encoder_out_layers) != layers:
-        raise UsageError(
-            f"text_encoder_out_layers {tuple(text_encoder_out_layers)}: {model.name} was trained on the states after "
-            f"layers {', '.join(map(str, layers))}, and no more than these are loaded; leave it out"
-        )
+    return float(scale)
+
+
+def returned(made: Generation, return_dict: bool) -> Generation:
+    """What ``generate`` hands out. The tuple is for callers of the stock pipelines; types tell of the other."""
+    return made if return_dict else cast("Generation", (made.images,))
 
 
 def rounded(name: str, value: int | None, multiple: int) -> int | None:

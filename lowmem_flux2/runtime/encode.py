@@ -69,7 +69,7 @@ class _BatchState:
     rotary: tuple[torch.Tensor, torch.Tensor]
     positions: torch.Tensor
     masks: list[Any]
-    tapped: list[torch.Tensor]
+    tapped: dict[int, torch.Tensor]
 
     def run(self, layer: nn.Module, index: int) -> None:
         self.hidden = layer(
@@ -80,9 +80,9 @@ class _BatchState:
             use_cache=False,
         )
 
-    def embeddings(self) -> torch.Tensor:
+    def embeddings(self, out_layers: Sequence[int]) -> torch.Tensor:
         """The tapped states side by side: (prompts, tokens, taps * hidden), on the host."""
-        return torch.cat(self.tapped, dim=-1)
+        return torch.cat([self.tapped[layer] for layer in out_layers], dim=-1)
 
 
 def image_rows(batches: Sequence[torch.Tensor], repeats: int) -> torch.Tensor:
@@ -139,13 +139,13 @@ class TextEncoder:
             for state in states:
                 state.run(layer, index)
                 if index + 1 in taps:  # no name for what is tapped: it would live until the next one
-                    state.tapped.append(
-                        (self._decoder.norm(state.hidden) if index + 1 == last else state.hidden).to("cpu")
-                    )
+                    state.tapped[index + 1] = (
+                        self._decoder.norm(state.hidden) if index + 1 == last else state.hidden
+                    ).to("cpu")
             on_layer()
         made = []
         while states:  # each state is dropped once it is laid side by side
-            made.append(states.pop(0).embeddings())
+            made.append(states.pop(0).embeddings(taps))
         return made
 
     def _begin(self, prompts: Batch, length: int) -> _BatchState:
@@ -157,8 +157,9 @@ class TextEncoder:
         positions = torch.arange(length, device=self._device).unsqueeze(0)
         kinds = getattr(self._decoder.config, "layer_types", None) or ["full_attention"] * len(self._decoder.layers)
         masks = self._masks(hidden, mask.to(self._device), positions)
+        tapped = {0: hidden.to("cpu")} if 0 in self._model.text_encoder.out_layers else {}
         return _BatchState(
-            hidden, self._decoder.rotary_emb(hidden, positions), positions, [masks[kind] for kind in kinds], []
+            hidden, self._decoder.rotary_emb(hidden, positions), positions, [masks[kind] for kind in kinds], tapped
         )
 
     def close(self) -> None:

@@ -18,9 +18,9 @@ from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.planner import Selection, StreamFrom
 from lowmem_flux2.planning.references import Reference
 from lowmem_flux2.planning.sources import ModelSource, resolve_model
-from lowmem_flux2.planning.workload import Preference, Request, image_seeds, make_request
+from lowmem_flux2.planning.workload import Preference, Request, image_seeds, make_request, spec_of
 from lowmem_flux2.runtime.cache import prompt_cache_limit
-from lowmem_flux2.runtime.call import check_alone, check_stock, check_together, rounded
+from lowmem_flux2.runtime.call import check_alone, check_together, lora_scale, returned, rounded
 from lowmem_flux2.runtime.denoise import Generators
 from lowmem_flux2.runtime.device import torch_device
 from lowmem_flux2.runtime.download import with_weights, with_whole_text_encoder
@@ -32,6 +32,7 @@ from lowmem_flux2.runtime.interruption import Interruption
 from lowmem_flux2.runtime.latents_file import LatentImage, SavedLatents
 from lowmem_flux2.runtime.observer import Observer, Silent
 from lowmem_flux2.runtime.reference_images import pictures_of, prepare_references
+from lowmem_flux2.runtime.resumption import Resumption
 from lowmem_flux2.runtime.running import Running
 from lowmem_flux2.runtime.step_hook import StepCallback, StepHook
 from lowmem_flux2.runtime.upsample import seed_of
@@ -162,7 +163,11 @@ class Engine:
 
     def plan(self, request: Request) -> Plan:
         """The plan for a request, made before anything is loaded. Raises DoesNotFit."""
-        return plan_job(self._source, self._machine, request, self._selection, running=True)
+        return plan_job(self._of(request), self._machine, request, self._selection, running=True)
+
+    def _of(self, request: Request) -> ModelSource:
+        """The source as the request takes it: it may tap other layers of the text encoder."""
+        return replace(self._source, spec=spec_of(self._source.spec, request.text_encoder_out_layers))
 
     def request(
         self,
@@ -237,7 +242,9 @@ class Engine:
             image: reference images, up to ten: a PIL image, a path, an array (h, w, channels) or a tensor
                 (channels, h, w) in [0, 1] or in 8 bits, a batch of these, or a list.
             image_size: reduces them to at most so many pixels squared; 1024 if not given, as the stock pipelines do.
-            return_dict, attention_kwargs, text_encoder_out_layers: taken at the values that they have anyway.
+            return_dict: False returns the stock tuple, ``(images,)``, for callers that unpack it.
+            attention_kwargs: ``scale`` multiplies the scales of all LoRAs.
+            text_encoder_out_layers: hidden states that the prompts' embeddings are made of; None for the model's own.
             callback_on_step_end: see ``runtime.step_hook.StepCallback``.
             seed: image i uses a generator of its own with ``seed + i``; drawn at random where neither seed, generator
                 nor latents are given. Every seed is in the result.
@@ -259,19 +266,20 @@ class Engine:
         hook = None
         if callback_on_step_end is not None:
             hook = StepHook(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
-        check_stock(self._source.spec, return_dict, attention_kwargs, text_encoder_out_layers)
         if from_latents is not None:
             asked = (prompt, image, image_size, negative_prompt, height, width, num_inference_steps, sigmas)
             given = (guidance_scale, generator, seed, latents, prompt_embeds, negative_prompt_embeds, plan)
+            others = (attention_kwargs, text_encoder_out_layers)
             several = None if num_images_per_prompt == 1 else num_images_per_prompt
-            check_alone(*asked, *given, save_latents, max_sequence_length, several, loras, caption_upsample_temperature)
+            files = (save_latents, max_sequence_length, several, loras, caption_upsample_temperature)
+            check_alone(*asked, *given, *others, *files)
             saved, name = from_latents, "the latents"
             if isinstance(saved, str | Path):
                 saved, name = read_saved(Path(saved)), str(saved)
             if isinstance(saved, SavedLatents) and callback_on_step_end is not None:
                 raise UsageError("from_latents: these are denoised, so that no step calls back: leave out the callback")
             hooks = Inputs(hook=hook, interruption=interruption)
-            return self.resume(saved, name, output_type, hooks)
+            return returned(self.resume(saved, name, output_type, hooks), return_dict)
         check_together(prompt, prompt_embeds, generator, seed, latents, output_type)
         if sigmas is not None and num_inference_steps is None:
             num_inference_steps = len(sigmas)
@@ -298,6 +306,12 @@ class Engine:
             loras=loras,
             caption_upsample_temperature=caption_upsample_temperature,
         )
+        scale = lora_scale(attention_kwargs, request.loras)
+        request = replace(
+            request,
+            loras=tuple(replace(lora, scale=lora.scale * scale) for lora in request.loras),
+            text_encoder_out_layers=None if text_encoder_out_layers is None else tuple(text_encoder_out_layers),
+        )
         seeds: tuple[int | None, ...] = (None,) * request.num_images
         if generator is None and latents is None:
             seeds = tuple(image_seeds(seed, request.num_images))
@@ -314,9 +328,10 @@ class Engine:
         )
         check_inputs(self._source.spec, request, inputs)
         if plan is not None:
-            plan = replay(plan, self._source, self._machine, request, "the given plan", self._selection)
+            plan = replay(plan, self._of(request), self._machine, request, "the given plan", self._selection)
         file = None if save_latents is None else Path(save_latents)
-        return self.run(request, plan or self.plan(request), inputs, seeds, output_type, file)
+        made = self.run(request, plan or self.plan(request), inputs, seeds, output_type, file)
+        return returned(made, return_dict)
 
     def resume(
         self,
@@ -335,38 +350,12 @@ class Engine:
             UsageError: latents of a model with another VAE, or another transformer.
             DoesNotFit, CheckpointError, RunError: as ``generate``.
         """
-        plan, origin, hooks = self.plan_resume(saved, name), saved.origin, hooks or Inputs()
-        if isinstance(saved, InterruptedRun):
-            inputs = replace(
-                saved.inputs,
-                on_picture=hooks.on_picture,
-                hook=hooks.hook,
-                interruption=hooks.interruption,
-            )
-            job = GenerationJob(origin.request, plan, inputs, origin.images, output_type, interrupted=saved)
-        else:
-            inputs = replace(hooks, packed=saved.latents)
-            job = GenerationJob(origin.request, plan, inputs, origin.images, output_type, resumed=saved)
-        return self._carry_out(replace(job, resumed_name=name))
+        plan = self.plan_resume(saved, name)
+        return self._carry_out(Resumption(saved, name).job(plan, output_type, hooks or Inputs()))
 
     def plan_resume(self, saved: SavedLatents | InterruptedRun, name: str = "the latents") -> Plan:
-        """The plan that decodes saved latents: the decode stage alone, in the dtype that they were made in.
-
-        Of an interrupted run, its own plan.
-        """
-        origin = saved.origin
-        if isinstance(saved, InterruptedRun):
-            plan = replay(origin.plan, self._source, self._machine, origin.request, name, self._selection)
-            return replace(plan, format_changes=origin.plan.format_changes)
-        selection = origin.selection(self._selection, self._machine.hardware)
-        return plan_job(
-            self._source,
-            self._machine,
-            origin.request,
-            selection,
-            running=True,
-            decode_images=len(saved.latents),
-        )
+        """The plan that ``resume`` carries out."""
+        return Resumption(saved, name).plan(self._of(saved.origin.request), self._machine, self._selection)
 
     def run(
         self,
@@ -394,12 +383,14 @@ class Engine:
             missing = "; ".join(job.plan.not_executable)
             raise NotExecutable(f"this plan needs what this version cannot carry out yet: {missing}")
         self._source = with_weights(self._source, offline=self._running.offline)
+        source, offline = self._of(job.request), self._running.offline
         is_upsampled = job.request.caption_upsample_temperature is not None and job.inputs.prompt_embeds is None
-        if is_upsampled and job.resumed is None:
-            self._source = with_whole_text_encoder(
-                self._source, offline=self._running.offline, sees=bool(job.request.references)
+        is_whole = source.spec.text_encoder.layers_used > self._source.spec.text_encoder.layers_used
+        if (is_upsampled or is_whole) and job.resumed is None and job.interrupted is None:
+            source = with_whole_text_encoder(
+                source, offline=offline, sees=is_upsampled and bool(job.request.references)
             )
-        return carry_out(job, self._source, self._running, self._observer)
+        return carry_out(job, source, self._running, self._observer)
 
 
 def _size(size: int | str | None) -> int | None:

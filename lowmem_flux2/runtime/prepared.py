@@ -7,6 +7,7 @@ from dataclasses import replace
 from lowmem_flux2.errors import CheckpointMissing
 from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.plan import Plan, StagePlan
+from lowmem_flux2.planning.preparation import prepared_as
 from lowmem_flux2.planning.sources import ModelSource
 from lowmem_flux2.planning.support import SUPPORTED, Support
 from lowmem_flux2.runtime.observer import Observer
@@ -33,7 +34,7 @@ def at_hand(stage: StagePlan, source: ModelSource, running: Running) -> Support:
     if running.may_prepare:
         return SUPPORTED
     assert source.folder is not None
-    asked = (source.folder, stage.prepared_as)
+    asked = (source.folder, prepared_as(stage, source.spec))
     formats = {
         name
         for name in SUPPORTED.weight_formats
@@ -44,14 +45,14 @@ def at_hand(stage: StagePlan, source: ModelSource, running: Running) -> Support:
 
 def _store(stage: StagePlan, source: ModelSource, running: Running, observer: Observer) -> PreparedStore:
     assert source.folder is not None
-    asked = (stage.prepared_as, stage.weight_format, stage.compute_dtype)
+    asked = (prepared_as(stage, source.spec), stage.weight_format, stage.compute_dtype)
     found = find(source.folder, *asked, running.cache)
     if found is not None:
         return found
     if not running.may_prepare:
         raise CheckpointMissing(
-            f"{stage.prepared_as} in {stage.weight_format} is not prepared, and --no-prepare was given; run: "
-            f"lowmem-flux2 prepare -m {source.spec.source} --component {stage.prepared_as} "
+            f"{asked[0]} in {stage.weight_format} is not prepared, and --no-prepare was given; run: "
+            f"lowmem-flux2 prepare -m {source.spec.source} --component {asked[0]} "
             f"--weight-format {stage.weight_format} --dtype {stage.compute_dtype} --cache-dir {running.cache}"
         )
     made = prepare(

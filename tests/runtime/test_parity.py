@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import loras
 import numpy as np
 import pytest
 import tiny
@@ -240,13 +241,51 @@ def test_arguments_at_the_value_that_they_have_anyway_change_nothing(
     assert torch.equal(made, stock(form, "fp32")(**asked, generator=seeded(1)[0]).images)
 
 
+@pytest.mark.parametrize("layers", [(3, 1, 2), (0, 5, 5), (10, -1, 20)])
+@pytest.mark.parametrize("form", ["dev", "klein"])
+def test_other_layers_of_the_text_encoder_equal_the_stock_ones(
+    form: str, layers: tuple[int, ...], folders: dict[str, Path], stock: Stock
+) -> None:
+    """In any order, the embedding, one twice, and the last: which transformers norms. -1 stands for it here."""
+    last = tiny.MISTRAL_LAYERS if form == "dev" else tiny.QWEN_LAYERS
+    wanted = tuple(last if layer == -1 else layer for layer in layers)
+    asked = arguments(text_encoder_out_layers=wanted, return_dict=False)
+    (made,) = Engine(str(folders[form]), dtype="fp32").generate(**asked, generator=seeded(1)[0])
+    (expected,) = stock(form, "fp32")(**asked, generator=seeded(1)[0])
+    assert torch.equal(made, expected)
+
+
+def test_other_layers_run_quantized_and_are_cached_apart(tiny_klein: Path, tmp_path: Path) -> None:
+    """The cut store has too few layers, so the whole encoder is prepared; the prompt cache tells them apart."""
+    engine = Engine(str(tiny_klein), text_weight_format="int8", cache_dir=tmp_path)
+    asked = arguments(seed=1)
+    plain = engine.generate(**asked).images
+    other = engine.generate(**asked, text_encoder_out_layers=(1, 2, tiny.QWEN_LAYERS)).images
+    assert not torch.equal(plain, other)
+    assert torch.equal(other, engine.generate(**asked, text_encoder_out_layers=(1, 2, tiny.QWEN_LAYERS)).images)
+    assert torch.equal(plain, engine.generate(**asked).images)
+
+
+def test_the_scale_of_attention_kwargs_is_that_of_all_loras(tiny_klein: Path, tmp_path: Path) -> None:
+    engine = Engine(str(tiny_klein))
+    keys = loras.diffusers_keys(loras.factors(engine.source.spec.transformer))
+    file = loras.write(tmp_path / "a.safetensors", keys)
+    asked = arguments(seed=1)
+    half = engine.generate(**asked, loras=[(file, 0.8)], attention_kwargs={"scale": 0.5}).images
+    assert torch.equal(half, engine.generate(**asked, loras=[(file, 0.4)]).images)
+    assert not torch.equal(half, engine.generate(**asked, loras=[(file, 0.8)]).images)
+
+
 @pytest.mark.parametrize(
     ("refused", "said"),
     [
-        ({"return_dict": False}, "return_dict=False: generate returns a Generation"),
-        ({"attention_kwargs": {"scale": 0.5}}, "'scale' is that of LoRA weights"),
+        ({"attention_kwargs": {"scale": 0.5}}, "'scale' multiplies the scales of LoRAs, and there is none"),
+        ({"attention_kwargs": {"scale": None}}, "scale None is no finite number"),
+        ({"attention_kwargs": {"attention_mask": torch.ones(1)}}, "attention_mask: FLUX.2 was trained without one"),
         ({"attention_kwargs": {"ip_adapter_masks": []}}, "ip_adapter_masks: FLUX.2's attention has no such option"),
-        ({"text_encoder_out_layers": (9, 18)}, r"trained on the states after layers 9, 18, 27"),
+        ({"text_encoder_out_layers": (9, 18)}, r"takes 3 hidden states side by side"),
+        ({"text_encoder_out_layers": (9, 18, 99)}, r"has the states 0 \(the token embedding\) to 29"),
+        ({"text_encoder_out_layers": (0, 0, 0)}, r"one layer at least must run"),
         (
             {"callback_on_step_end": lambda *_: None, "callback_on_step_end_tensor_inputs": ["noise_pred"]},
             "callback_on_step_end_tensor_inputs: noise_pred: none of latents, prompt_embeds",
