@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
+
+from typer import Context
 
 from lowmem_flux2.errors import UsageError
 from lowmem_flux2.flags import FitFlags, RequestFlags
@@ -138,17 +141,42 @@ def read_prompts(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
     return tuple(prompts)
 
 
-def flags_of_place(flags: RequestFlags, fit: FitFlags, cache_dir: Path | None) -> tuple[str, ...]:
-    """What was typed of where a run takes place, for the command that goes on with it."""
-    typed = {
-        "--profile": None if fit.profile == "auto" else fit.profile,
-        "--device": None if fit.device == "auto" else fit.device,
-        "--max-vram": fit.max_vram,
-        "--max-ram": fit.max_ram,
-        "--cache-dir": cache_dir,
+IN_THE_FILE = frozenset(
+    {
+        *("prompt", "prompt_file", "model", "width", "height", "steps", "guidance", "num_images", "negative_prompt"),
+        *("max_sequence_length", "image", "image_size", "lora", "caption_upsample", "revision", "seed"),
+        *("dtype", "weight_format", "text_weight_format", "placement", "step_cache", "batch_size", "plan"),
     }
-    pairs = [word for flag, value in typed.items() if value is not None for word in (flag, str(value))]
-    return (*pairs, *(["--offline"] if flags.offline else []))
+)
+"""Parameters whose values saved latents hold."""
+NOT_AGAIN = frozenset({"output", "from_latents", "manifest", "dry_run"})
+"""Those that a command which goes on has anew, or that made no run which could be gone on with."""
+OF_DECODING, OF_STEPS = frozenset({"prefer", "vae_tile"}), frozenset({"save_latents"})
+"""Open again only where all that is left is to decode; of use only where steps are left."""
+
+
+def words_to_go_on(context: Context, *, decodes: bool) -> tuple[str, ...]:
+    """What was typed, word by word, but for what saved latents hold: any other flag counts, whatever may be added.
+
+    Args:
+        decodes: for the command that decodes denoised latents, as against one that takes steps before.
+    """
+    left_out = IN_THE_FILE | NOT_AGAIN | (OF_STEPS if decodes else OF_DECODING)
+    if context.params["text_encoder"] or context.params["vae"]:  # which go with a single file
+        left_out -= {"model"}
+    words: list[str] = []
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        if name in left_out or source is None or source.name != "COMMANDLINE":
+            continue
+        flag, value = max(parameter.opts, key=len), context.params[name]
+        if isinstance(value, bool):
+            words += [flag] if value else []
+            continue
+        for each in value if isinstance(value, list | tuple) else [value]:
+            words += [flag, str(each.value if isinstance(each, Enum) else each)]
+    return tuple(words)
 
 
 def check_nothing_is_chosen(selection: Selection, why: str = "--plan carries out what the file says") -> None:
@@ -164,19 +192,17 @@ def check_nothing_is_chosen(selection: Selection, why: str = "--plan carries out
         )
 
 
-def check_all_is_in_the_file(
-    flags: RequestFlags, selection: Selection, seed: int | None, plan: Path | None, save_latents: Path | None
-) -> None:
+def check_all_is_in_the_file(flags: RequestFlags, selection: Selection, seed: int | None, plan: Path | None) -> None:
     """With ``--from-latents`` all but decoding is done.
 
     Raises:
         UsageError: a flag about what is done already.
     """
-    asked = replace(flags, model=None, offline=False) != RequestFlags()
-    if asked or seed is not None or plan is not None or save_latents is not None:
+    asked = replace(flags, model=None, text_encoder=None, vae=None, offline=False) != RequestFlags()
+    if asked or seed is not None or plan is not None:
         raise UsageError(
-            "--from-latents: prompt, seed, size, steps and guidance are the file's: leave out --plan, --save-latents "
-            "and all flags about what to draw but -m and --offline"
+            "--from-latents: prompt, seed, size, steps and guidance are the file's: leave out --plan and all flags "
+            "about what to draw but -m, --text-encoder, --vae and --offline"
         )
     open_to_choice = replace(
         selection, prefer="balanced", dtype="auto", vae_tile="auto", max_vram_bytes=None, max_ram_bytes=None

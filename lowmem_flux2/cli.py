@@ -21,10 +21,10 @@ from lowmem_flux2.arguments import (
     check_all_is_in_the_file,
     check_caps,
     check_nothing_is_chosen,
-    flags_of_place,
     read_prompts,
     resolve,
     selection_of,
+    words_to_go_on,
 )
 from lowmem_flux2.errors import Interrupted, LowMemFlux2Error, NotExecutable, RunError, UsageError
 from lowmem_flux2.flags import FitFlags, RequestFlags, flattened
@@ -51,6 +51,7 @@ err = Console(stderr=True, highlight=False)
 @app.command()
 @flattened
 def generate(
+    context: typer.Context,
     flags: RequestFlags,
     fit: FitFlags,
     seed: opt.Seed = None,
@@ -88,7 +89,8 @@ def generate(
     if save_latents is not None:
         check_writable("--save-latents", save_latents)
     selection = selection_of(fit)
-    place, again = flags_of_place(flags, fit, cache_dir), shlex.join(["lowmem-flux2", *sys.argv[1:]])
+    goes_on, decodes = (words_to_go_on(context, decodes=decodes) for decodes in (False, True))
+    again = shlex.join(["lowmem-flux2", *sys.argv[1:]])
 
     def running(machine: Machine) -> Running:
         options = (flags.offline, not no_prepare, allow_format_change)
@@ -97,14 +99,15 @@ def generate(
     if manifest is not None and (flags.prompt_file is None or from_latents is not None):
         raise UsageError("--manifest is of a --prompt-file batch: give one, or leave it out")
     if from_latents is not None:
-        check_all_is_in_the_file(flags, selection, seed, plan, save_latents)
+        check_all_is_in_the_file(flags, selection, seed, plan)
         machine = resolve_machine(fit.profile, fit.device, selection.max_ram_bytes)
         check_caps(selection, machine)
         with _interruptible():
-            from lowmem_flux2.generating import Output, go_on
+            from lowmem_flux2.generating import Output, Parts, go_on
 
-            written = Output(pattern, report, None, not no_metadata, quiet, out, err, place, again)
-            go_on(from_latents, flags.model, machine, selection, running(machine), written, dry_run)
+            written = Output(pattern, report, save_latents, not no_metadata, quiet, out, err, goes_on, decodes, again)
+            parts = Parts(flags.model, flags.text_encoder, flags.vae, cache_dir)
+            go_on(from_latents, parts, machine, selection, running(machine), written, dry_run)
         return
     if flags.prompt_file is not None:
         from lowmem_flux2 import batching
@@ -119,7 +122,7 @@ def generate(
             with _interruptible():
                 from lowmem_flux2.generating import Output
 
-                written = Output(pattern, report, None, not no_metadata, quiet, out, err, place, again)
+                written = Output(pattern, report, None, not no_metadata, quiet, out, err, goes_on, decodes, again)
                 started.carry_out(running(started.asked.machine), written)
         return
     prompts = read_prompts(flags.prompt, flags.prompt_file)
@@ -151,7 +154,7 @@ def generate(
         from lowmem_flux2.generating import Output, carry_out
 
         again += "" if seed is not None else f" -s {seeds[0]}"
-        written = Output(pattern, report, save_latents, not no_metadata, quiet, out, err, place, again)
+        written = Output(pattern, report, save_latents, not no_metadata, quiet, out, err, goes_on, decodes, again)
         carry_out(asked, made, running(asked.machine), seeds, written)
 
 

@@ -17,15 +17,15 @@ from lowmem_flux2.planning.explain import explain
 from lowmem_flux2.planning.job import Machine
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.selection import Selection
-from lowmem_flux2.planning.sources import resolve_model
-from lowmem_flux2.report import ImageRecord, Report, write_report
-from lowmem_flux2.runtime.engine import Engine
+from lowmem_flux2.planning.sources import ModelSource, resolve_model
+from lowmem_flux2.report import ImageRecord, write_report
+from lowmem_flux2.runtime.engine import Engine, Generation
 from lowmem_flux2.runtime.images import to_pil
 from lowmem_flux2.runtime.inputs import Inputs
 from lowmem_flux2.runtime.interrupted_file import SUFFIX as INTERRUPTED
 from lowmem_flux2.runtime.interrupted_file import InterruptedRun, read_saved
 from lowmem_flux2.runtime.interruption import Interruption
-from lowmem_flux2.runtime.latents_file import SUFFIX, LatentImage, SavedLatents
+from lowmem_flux2.runtime.latents_file import SUFFIX, LatentImage, Origin, SavedLatents
 from lowmem_flux2.runtime.picture import OutputPattern, describe, save_png
 from lowmem_flux2.runtime.reference_images import load_references
 from lowmem_flux2.runtime.running import Running
@@ -38,7 +38,8 @@ class Output:
     """What is written and printed.
 
     Args:
-        place: flags of where the run takes place, for the command that goes on with it.
+        goes_on: flags of the command that goes on with an interrupted run.
+        decodes: of the one that decodes denoised latents.
         again: the command line that does the same.
     """
 
@@ -49,19 +50,29 @@ class Output:
     quiet: bool
     out: Console
     err: Console
-    place: tuple[str, ...] = ()
+    goes_on: tuple[str, ...] = ()
+    decodes: tuple[str, ...] = ()
     again: str = ""
 
     def show_upsampled(self, prompts: Sequence[str]) -> None:
         for prompt in prompts:
             self.out.print(f"upsampled prompt: {prompt}", soft_wrap=True, markup=False)
 
-    def finish(self, report: Report, saved: Sequence[ImageRecord]) -> None:
-        report = replace(report, images=tuple(saved))
+    def finish(self, made: Generation, saved: Sequence[ImageRecord]) -> None:
+        """Print what was measured.
+
+        Raises:
+            RunError: the latents were to be saved, and could not be.
+        """
+        if made.latents_file is not None:
+            self.out.print(f"{made.latents_file}   latents", soft_wrap=True)
+        report = replace(made.report, images=tuple(saved))
         if not self.quiet:
             self.out.print(report.table())
         if self.report is not None:
             write_report(report, self.report)
+        if self.save_latents is not None and made.latents_file is None:
+            raise RunError(f"the pictures are done, but the latents could not be saved in {self.save_latents}")
 
     def keep(self, failed: DecodeFailed, model: str) -> str:
         """Save the latents of a run whose decoding failed beside its pictures; returns what to tell the user."""
@@ -72,7 +83,7 @@ class Output:
                 file = latents.save(self._beside(latents.origin.images[0], model, SUFFIX))
             except OSError as error:
                 return f"the denoised latents could not be saved either: {error}"
-        resume = self._resume(file)
+        resume = self._resume(file, self.decodes)
         elsewhere = "" if latents.origin.plan.hardware.device == "cpu" else "   # or with --device cpu"
         return f"the denoised latents are saved in {file}; this decodes them:\n  {resume}{elsewhere}"
 
@@ -88,16 +99,16 @@ class Output:
         done = f"{run.step} of {run.origin.request.num_inference_steps} steps"
         if run.finished is not None:
             done = f"{len(run.finished)} of {len(run.noise)} images and {done} of the next"
-        return Interrupted(f"interrupted after {done}, saved in {file}; this goes on there:\n  {self._resume(file)}")
+        return Interrupted(
+            f"interrupted after {done}, saved in {file}; this goes on there:\n  {self._resume(file, self.goes_on)}"
+        )
 
     def _beside(self, image: LatentImage, model: str, suffix: str) -> Path:
         picture = self.pattern.path(seed=image.seed or 0, index=image.index, model=model)
         return picture.with_name(picture.stem + suffix)
 
-    def _resume(self, file: Path) -> str:
-        bare = [] if self.metadata else ["--no-metadata"]
-        place = [*self.place, *bare]
-        return shlex.join(["lowmem-flux2", "generate", "--from-latents", str(file), "-o", str(self.pattern), *place])
+    def _resume(self, file: Path, flags: Sequence[str]) -> str:
+        return shlex.join(["lowmem-flux2", "generate", "--from-latents", str(file), "-o", str(self.pattern), *flags])
 
 
 def carry_out(asked: Asked, made: Plan, running: Running, seeds: list[int], output: Output) -> None:
@@ -142,20 +153,39 @@ def carry_out(asked: Asked, made: Plan, running: Running, seeds: list[int], outp
             raise output.keep_run(stopped, made.model) from stopped
         except DecodeFailed as failed:
             raise _with_remedy(failed, output.keep(failed, made.model)) from failed
-    if result.latents_file is not None:
-        output.out.print(f"{result.latents_file}   latents", soft_wrap=True)
-    output.finish(result.report, saved)
-    if output.save_latents is not None and result.latents_file is None:
-        raise RunError(f"the pictures are done, but the latents could not be saved in {output.save_latents}")
+    output.finish(result, saved)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Where the model of saved latents is, as typed; None takes what the file says, or what belongs to that.
+
+    Args:
+        cache: the cache folder, where a single file's parts are assembled.
+    """
+
+    model: str | None = None
+    text_encoder: str | None = None
+    vae: str | None = None
+    cache: Path | None = None
+
+    def resolve(self, origin: Origin, offline: bool) -> ModelSource:
+        return resolve_model(
+            self.model or origin.model,
+            revision=origin.revision if self.model is None else None,
+            offline=offline,
+            text_encoder=self.text_encoder,
+            vae=self.vae,
+            cache=self.cache,
+        )
 
 
 def go_on(
-    file: Path, model: str | None, machine: Machine, selection: Selection, running: Running, output: Output, dry: bool
+    file: Path, parts: Parts, machine: Machine, selection: Selection, running: Running, output: Output, dry: bool
 ) -> None:
     """Go on with the latents of an earlier run to its pictures, with all that they say of themselves.
 
     Args:
-        model: what ``-m`` was given; None takes the file's.
         dry: plan and explain only.
 
     Raises:
@@ -167,9 +197,10 @@ def go_on(
     origin = latents.origin
     if isinstance(latents, InterruptedRun):
         check_nothing_is_chosen(selection, "--from-latents goes on with the run's own plan")
+    elif output.save_latents is not None:
+        raise UsageError(f"--save-latents: {file} has them already: leave it out")
     try:
-        revision = origin.revision if model is None else None
-        source = resolve_model(model or origin.model, revision=revision, offline=running.offline)
+        source = parts.resolve(origin, running.offline)
     except LowMemFlux2Error as error:
         raise UsageError(f"{file}: {error}; give the model that made the latents with -m") from error
     saved: list[ImageRecord] = []
@@ -198,7 +229,7 @@ def go_on(
             return
         try:
             hooks = Inputs(on_picture=save, interruption=interruption)
-            result = engine.resume(latents, str(file), hooks=hooks)
+            result = engine.resume(latents, str(file), hooks=hooks, save_latents=output.save_latents)
         except Interrupted as stopped:
             raise output.keep_run(stopped, origin.plan.model) from stopped
         except DecodeFailed as failed:
@@ -206,7 +237,7 @@ def go_on(
             if isinstance(latents, InterruptedRun):
                 remedy = output.keep(failed, origin.plan.model)
             raise _with_remedy(failed, remedy) from failed
-    output.finish(result.report, saved)
+    output.finish(result, saved)
 
 
 def _with_remedy(failed: DecodeFailed, remedy: str) -> RunError:

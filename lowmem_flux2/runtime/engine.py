@@ -339,19 +339,22 @@ class Engine:
         name: str = "the latents",
         output_type: OutputType = "pil",
         hooks: Inputs | None = None,
+        save_latents: Path | None = None,
     ) -> Generation:
         """Go on with saved latents: decode them, or take the steps that are missing first.
 
         Args:
             name: what to call them in messages.
             hooks: ``on_picture``, whose number is that of the row in ``saved``, ``hook``, ``interruption``.
+            save_latents: where those of an interrupted run are saved before they are decoded.
 
         Raises:
             UsageError: latents of a model with another VAE, or another transformer.
             DoesNotFit, CheckpointError, RunError: as ``generate``.
         """
         plan = self.plan_resume(saved, name)
-        return self._carry_out(Resumption(saved, name).job(plan, output_type, hooks or Inputs()))
+        job = Resumption(saved, name).job(plan, output_type, hooks or Inputs())
+        return self._carry_out(replace(job, save_latents=save_latents))
 
     def plan_resume(self, saved: SavedLatents | InterruptedRun, name: str = "the latents") -> Plan:
         """The plan that ``resume`` carries out."""

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import single_files
 import torch
 from command_line import Run, runner, signals_in
+from safetensors.torch import save_file
 
 from lowmem_flux2 import Engine
 from lowmem_flux2.errors import CheckpointBroken, DecodeFailed, Interrupted, UsageError
@@ -214,6 +216,28 @@ def test_the_command_that_is_printed_goes_on(run: Run, tiny_dev: Path, monkeypat
     assert run(*shlex.split(command)[1:], "-q").code == 0
     for seed in (7, 8):
         assert Path(f"whole_{seed}.png").read_bytes() == Path(f"it's_{seed}.png").read_bytes()
+
+
+def test_a_single_files_parts_and_what_is_to_be_written_are_in_the_printed_command(
+    run: Run, tiny_klein: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file(single_files.bfl_state(single_files.transformer_state(tiny_klein)), "model.safetensors")
+    parts = ["--text-encoder", str(tiny_klein), "--vae", str(tiny_klein), "--cache-dir", "cache"]
+    asked = generate(Path("model.safetensors"), *parts, "--report", "r.json", "--no-metadata")
+    assert run(*asked, "-o", "whole_{seed}.png").code == 0
+    Path("r.json").unlink()
+    with monkeypatch.context() as patch:
+        signals_in(patch, Forward, "predict", 2)
+        stopped = run(*asked, "-o", "then_{seed}.png", "--save-latents", "l.safetensors")
+    assert stopped.code == 130, stopped.err
+    command = next(line for line in stopped.err.splitlines() if "--from-latents" in line)
+    gone_on = run(*shlex.split(command)[1:])
+    assert gone_on.code == 0, gone_on.err
+    for seed in (7, 8):
+        assert Path(f"whole_{seed}.png").read_bytes() == Path(f"then_{seed}.png").read_bytes()
+    assert Path("r.json").exists() and Path("l.safetensors").exists()
+    assert run("generate", "--from-latents", "l.safetensors", "--save-latents", "again").code == 2
+    assert run("generate", "--from-latents", "l.safetensors", "-o", "decoded.png").code == 0
 
 
 @pytest.mark.parametrize(

@@ -323,7 +323,7 @@ def test_the_file_of_a_failed_run_is_the_one_that_was_asked_for(
         (["-s", "1"], "--from-latents: prompt"),
         (["--steps", "4"], "--from-latents: prompt"),
         (["--weight-format", "int8"], "--from-latents decodes only"),
-        (["--save-latents", "b.safetensors"], "leave out --plan, --save-latents"),
+        (["--plan", "b.json"], "leave out --plan and all flags about what to draw but"),
         ([], "cannot read the latents"),
         (["-m", "nowhere/nothing", "--offline"], "cannot read the latents"),
     ],
