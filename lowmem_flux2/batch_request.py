@@ -150,8 +150,12 @@ def _seeds(batch: BatchRequest, located: Sequence[Located], seed: int | None) ->
     return tuple(seeds)
 
 
-_ELSEWHERE = ("prompt", "prompt_file", "offline", "max_vram_bytes", "max_ram_bytes")
-"""What decides no pixel, or is compared line by line; caps bind the plan whatever they are."""
+_ELSEWHERE = (
+    *("prompt", "prompt_file", "offline", "max_vram_bytes", "max_ram_bytes"),
+    *("model", "text_encoder", "vae", "revision"),
+)
+"""What decides no pixel, or is compared line by line, or by what is in the model's files; caps bind the plan whatever
+they are."""
 
 
 def _references(groups: Sequence[AskedGroup]) -> dict[str, str]:

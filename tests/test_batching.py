@@ -274,13 +274,20 @@ def test_another_batch_is_refused_and_told_apart(run: Run, tiny_dev: Path, monke
         ran = run(*batch(folder), *flags)
         assert ran.code == 2 and said in ran.err, ran.err
     weights = next((folder / "transformer").glob("*.safetensors"))
-    os.utime(weights, ns=(0, 0))
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     ran = run(*batch(folder))
     assert ran.code == 2 and "transformer: manifest has the weights" in ran.err
+    weights.write_bytes(whole)  # the same again, at another time and in another place
+    Path("elsewhere").mkdir()
+    moved = folder.rename(Path.cwd() / "elsewhere" / "model")
+    ran = run(*batch(moved))
+    assert ran.code == 0, ran.err
+    assert set(pictures()) == NAMES
     Path("out.p.manifest.json").write_text("{}")
-    ran = run(*batch(folder))
+    ran = run(*batch(moved))
     assert ran.code == 2 and "not a manifest that this version wrote" in ran.err
-    dry = run(*batch(folder), "--manifest", "other.json", "--dry-run")
+    dry = run(*batch(moved), "--manifest", "other.json", "--dry-run")
     assert dry.code == 0 and "1 of 2: 6 images, 6 to make" in dry.out
     assert not Path("other.json").exists()
 

@@ -29,7 +29,7 @@ from lowmem_flux2.runtime.manifest import Group, ImageState, Manifest, StoppedBa
 from lowmem_flux2.runtime.parts import Denoised, Parts
 from lowmem_flux2.runtime.picture import describe, png_bytes
 from lowmem_flux2.runtime.reference_images import load_references
-from lowmem_flux2.runtime.store import entry_of
+from lowmem_flux2.runtime.store import content_fingerprint
 from lowmem_flux2.runtime.versions import versions
 from lowmem_flux2.runtime.vision import seen_of
 
@@ -37,8 +37,8 @@ COMPONENTS = ("text_encoder", "transformer", "vae")
 
 
 def fingerprints(folder: Path) -> dict[str, str]:
-    """Of each component's files, whatever they are to be stored as."""
-    return {name: entry_of(folder, name, "fp32", "fp32").fingerprint for name in COMPONENTS}
+    """Of what is in each component's files, so that a copy of the model goes on with a batch."""
+    return {name: content_fingerprint(folder, name) for name in COMPONENTS}
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from lowmem_flux2.runtime.latents_file import (
 )
 from lowmem_flux2.runtime.newfile import write_new
 from lowmem_flux2.runtime.references import References
-from lowmem_flux2.runtime.store import entry_of
+from lowmem_flux2.runtime.store import content_fingerprint
 
 FORMAT = "lowmem-flux2 interrupted 1"
 KEPT = "kept."
@@ -109,11 +109,11 @@ _TENSORS = (
 
 
 def weights_of(source: ModelSource, plan: Plan) -> str:
-    """A fingerprint of the transformer that a plan denoises with, and the format it computes in."""
+    """A fingerprint of what is in the transformer's files, and the format that a plan denoises in."""
     assert source.folder is not None
     stage = plan.stage("denoise")
-    entry = entry_of(source.folder, "transformer", stage.weight_format, stage.compute_dtype)
-    return f"{stage.weight_format} {entry.name}"
+    content = content_fingerprint(source.folder, "transformer")
+    return f"{stage.weight_format} {stage.compute_dtype} {content}"
 
 
 def interrupted_run(

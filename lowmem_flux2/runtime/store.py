@@ -77,17 +77,34 @@ def entry_of(folder: Path, component: str, weight_format: str, dtype: str) -> En
             digest.update(metadata.version(LIBRARIES[weight_format]).encode())
         except metadata.PackageNotFoundError as error:
             raise UsageError(f"{component} in {weight_format}: {LIBRARIES[weight_format]} is not installed") from error
+    for part in _content(folder / component, with_times=True):
+        digest.update(part)
+    return Entry(name, weight_format, dtype, digest.hexdigest()[:16])
+
+
+def content_fingerprint(folder: Path, component: str) -> str:
+    """Of a component's config, file sizes, headers and a sample of the weights: a copy's is the same.
+
+    Raises:
+        CheckpointBroken, CheckpointMissing: the source cannot be read.
+    """
+    digest = hashlib.sha256()
+    for part in _content(folder / component, with_times=False):
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _content(folder: Path, with_times: bool) -> Iterator[bytes]:
     try:
-        digest.update((folder / component / "config.json").read_bytes())
-        for header in component_headers(folder / component, no_tensor):
+        yield (folder / "config.json").read_bytes()
+        for header in component_headers(folder, no_tensor):
             seen = header.path.stat()
             names = sorted((name, info.dtype, info.shape, info.begin) for name, info in header.tensors.items())
-            digest.update(f"{header.path.name} {seen.st_size} {seen.st_mtime_ns} {names}".encode())
-            for sample in _samples(header.path, seen.st_size):
-                digest.update(sample)
+            time = f"{seen.st_mtime_ns} " if with_times else ""
+            yield f"{header.path.name} {seen.st_size} {time}{names}".encode()
+            yield from _samples(header.path, seen.st_size)
     except OSError as error:
-        raise CheckpointBroken(f"{folder / component} cannot be read: {error}") from error
-    return Entry(name, weight_format, dtype, digest.hexdigest()[:16])
+        raise CheckpointBroken(f"{folder} cannot be read: {error}") from error
 
 
 def files_of(component: str) -> str:
