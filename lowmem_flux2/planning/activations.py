@@ -153,23 +153,31 @@ def _kept_bytes(model: ModelSpec, workload: Workload, batch: int, dtype_bytes: i
     """What lives through all blocks of a step besides theirs.
 
     The conditioning of the run; latents and the last step's prediction; with references their latents, joined to the
-    image's, and a prediction for them too; for each guidance pass two RoPE tables in fp32, of one image's tokens; and
-    the hidden state of a pass that waits while the other one is computed.
+    image's, and a prediction for them too; two RoPE tables in fp32, of one image's tokens; and the
+    hidden state of a pass that waits while the other one is computed.
     """
     dims = model.transformer
     image, references = batch * workload.image_tokens, batch * workload.reference_tokens
     latents = 2 * image + (3 * references + image if references else 0)
     waiting = (workload.guidance_passes - 1) * batch * workload.sequence_tokens * dims.hidden_size
-    rope = workload.guidance_passes * 2 * workload.sequence_tokens * dims.head_dim * FP32_BYTES
+    rope = 2 * workload.sequence_tokens * dims.head_dim * FP32_BYTES
     kept = (latents * dims.in_channels + waiting) * dtype_bytes + rope
-    return kept + conditioning_bytes(model, workload, dtype_bytes)
+    return kept + conditioning_bytes(model, workload, batch, dtype_bytes)
 
 
-def conditioning_bytes(model: ModelSpec, workload: Workload, dtype_bytes: int) -> int:
-    """What is computed once per generation and kept for all steps: every image's projected text, the modulations."""
-    texts = workload.num_images * workload.guidance_passes * workload.text_tokens
-    modulations = workload.num_images * workload.steps * MODULATION_WIDTHS
-    return (texts + modulations) * model.transformer.hidden_size * dtype_bytes
+def conditioning_bytes(model: ModelSpec, workload: Workload, batch: int, dtype_bytes: int) -> int:
+    """What is computed once per generation and kept for all steps: projected texts and modulations.
+
+    Modulations are those of each size of a batch. Batches of the same prompts share their text, and all of a size their
+    negative one; no two prompts are taken to be alike.
+    """
+    repeats = max(workload.num_images // max(workload.num_prompts, 1), 1)
+    prompts = [image // repeats for image in range(workload.num_images)]
+    batches = {tuple(prompts[at : at + batch]) for at in range(0, len(prompts), batch)}
+    sizes = sum({len(each) for each in batches})
+    texts = sum(map(len, batches)) + (workload.guidance_passes - 1) * sizes
+    values = texts * workload.text_tokens + sizes * workload.steps * MODULATION_WIDTHS
+    return values * model.transformer.hidden_size * dtype_bytes
 
 
 def conditioning_peak_bytes(model: ModelSpec, workload: Workload, batch: int, dtype_bytes: int) -> int:
@@ -179,7 +187,7 @@ def conditioning_peak_bytes(model: ModelSpec, workload: Workload, batch: int, dt
     """
     text = batch * workload.text_tokens * model.transformer.joint_dim
     factors = once_bytes(workload.adapters, dtype_bytes)
-    return conditioning_bytes(model, workload, dtype_bytes) + text * dtype_bytes + factors
+    return conditioning_bytes(model, workload, batch, dtype_bytes) + text * dtype_bytes + factors
 
 
 def encode_activation_bytes(

@@ -1,8 +1,9 @@
 """The denoise stage: an explicit loop over diffusers' own FLUX.2 blocks, bit-equal to the stock forward.
 
 Timestep, guidance and text conditioning are computed once, before any block is loaded, and their weights (1.38 GiB on
-dev) dropped. Then each step runs ``for block in streamer.round()``; both guidance passes go through a block while its
-weights are there, so true guidance costs no second transfer.
+dev) dropped. Batches of equal size share it, those of equal texts what is projected, and all of them the RoPE tables.
+Then each step runs ``for block in streamer.round()``; both guidance passes go through a block while its weights are
+there, so true guidance costs no second transfer.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ class Denoiser:
         self._adapters = AttachedAdapters(request.loras, model, weights, self._dtype, device)
         self._streamer: BlockStreamer | None = None
         self._interrupt = False
+        self._ropes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._files = weights.open("transformer")  # last: nothing after it can fail and leave it open
 
     @torch.no_grad()
@@ -152,18 +154,24 @@ class Denoiser:
         size = self._stage.batch_size
         batches = [slice(at, at + size) for at in range(0, len(latents), size)]
         timesteps = self._timesteps(latents, sigmas)
-        prepared = []
+        left = batches[len(progress.finished) :]
         self._adapters.attach(self._transformer, is_conditioning)
-        for batch in batches:
-            negative = None if negative_embeds is None else negative_embeds[batch]
-            prepared.append(
-                self._condition(len(latents[batch]), latents.dtype, timesteps, prompt_embeds[batch], negative)
-            )
+        self._load_conditioning()
+        moments = {
+            size: self._moments(size, latents.dtype, timesteps) for size in {len(latents[each]) for each in left}
+        }
+        projected = self._projected(
+            [embeds[batch] for embeds in (prompt_embeds, negative_embeds) if embeds is not None for batch in left]
+        )
+        texts_of = [projected[number :: len(left)] for number in range(len(left))]
+        del projected
         self._adapters.detach()
         self._drop(CONDITIONING)
-        self._load_blocks((len(batches) - len(progress.finished)) * len(timesteps) - progress.step)
+        self._load_blocks(len(left) * len(timesteps) - progress.step)
         on_loaded()
-        for batch, (steps, texts) in list(zip(batches, prepared, strict=True))[len(progress.finished) :]:
+        self._ropes.clear()
+        for batch, texts in zip(left, texts_of, strict=True):
+            steps = moments[len(latents[batch])]
             after = None if hook is None else self._calling(hook, prompt_embeds[batch])
             done = self._run(latents[batch], references, progress, timesteps, sigmas, steps, texts, after, on_step)
             progress.finished.append(done)
@@ -202,20 +210,15 @@ class Denoiser:
         timesteps, _ = retrieve_timesteps(self._scheduler, steps, self._device, sigmas=schedule, mu=mu)
         return timesteps
 
-    def _condition(
-        self,
-        batch: int,
-        latents_dtype: torch.dtype,
-        timesteps: torch.Tensor,
-        prompt_embeds: torch.Tensor,
-        negative_embeds: torch.Tensor | None,
-    ) -> tuple[list[StepConditioning], list[torch.Tensor]]:
-        """Embed every timestep and project every text, one at a time in the stock forward's own shapes and dtypes."""
-        net = self._transformer
+    def _load_conditioning(self) -> None:
         for name in CONDITIONING:
-            child = net.get_submodule(name)
+            child = self._transformer.get_submodule(name)
             if next(child.parameters()).is_meta:
                 load_module(child, f"{name}.", self._files, self._dtype, self._device)
+
+    def _moments(self, batch: int, latents_dtype: torch.dtype, timesteps: torch.Tensor) -> list[StepConditioning]:
+        """Embed every timestep for batches of one size, one at a time in the stock forward's own shapes and dtypes."""
+        net = self._transformer
         guidance = None
         if self._model.transformer.guidance_embeds:
             scale = torch.full([1], self._request.guidance_scale, device=self._device, dtype=torch.float32)
@@ -232,12 +235,22 @@ class Denoiser:
                     net.single_stream_modulation(embedding),
                 )
             )
-        texts = [
-            net.context_embedder(embeds.to(self._device, self._dtype))
-            for embeds in (prompt_embeds, negative_embeds)
-            if embeds is not None
-        ]
-        return steps, texts
+        return steps
+
+    def _projected(self, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Each batch's projected text; equal ones are one tensor: of one prompt's images, and of negative prompts."""
+        distinct: list[tuple[torch.Tensor, torch.Tensor]] = []
+        made: list[torch.Tensor] = []
+        for embeds in given:
+            text = next((text for known, text in distinct if self._are_equal(known, embeds)), None)
+            if text is None:
+                text = self._transformer.context_embedder(embeds.to(self._device, self._dtype))
+                distinct.append((embeds, text))
+            made.append(text)
+        return made
+
+    def _are_equal(self, one: torch.Tensor, other: torch.Tensor) -> bool:
+        return one.shape == other.shape and torch.equal(one, other)
 
     def _drop(self, names: Sequence[str]) -> None:
         for name in names:
@@ -265,6 +278,12 @@ class Denoiser:
             return hook(self, step, moment, {"latents": latents, "prompt_embeds": prompt_embeds})
 
         return after
+
+    def _rope(self, text: torch.Tensor, image_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of texts of this length; all images of a run are alike in their own tokens and their references'."""
+        if text.shape[1] not in self._ropes:
+            self._ropes[text.shape[1]] = self._forward.rope(text, image_ids)
+        return self._ropes[text.shape[1]]
 
     def _run(
         self,
@@ -297,7 +316,7 @@ class Denoiser:
             progress.saved = {}
         streamer = self._streamer
         assert streamer is not None
-        passes = [self._forward.start(text, image_ids) for text in texts]
+        passes = [self._forward.start(text, self._rope(text, image_ids)) for text in texts]
         self._timesteps(noise, sigmas)  # rewinds the scheduler
         self._scheduler.set_begin_index(progress.step)
         for index in range(progress.step, len(steps)):

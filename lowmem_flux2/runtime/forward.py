@@ -57,11 +57,14 @@ class Forward:
         self._steps = steps
         self.chunks = chunks
 
-    def start(self, text: torch.Tensor, image_ids: torch.Tensor) -> Pass:
+    def rope(self, text: torch.Tensor, image_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tables of one image's text and image tokens, (tokens, head_dim) each, in fp32."""
         net = self._transformer
         text_ids = Flux2Pipeline._prepare_text_ids(text).to(self._device)
         text_rope, image_rope = net.pos_embed(text_ids[0]), net.pos_embed(image_ids[0])
-        rope = (torch.cat([text_rope[0], image_rope[0]], dim=0), torch.cat([text_rope[1], image_rope[1]], dim=0))
+        return torch.cat([text_rope[0], image_rope[0]], dim=0), torch.cat([text_rope[1], image_rope[1]], dim=0)
+
+    def start(self, text: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> Pass:
         return Pass(text, rope, text, text)
 
     def predict(

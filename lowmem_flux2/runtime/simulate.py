@@ -168,6 +168,7 @@ class _Run:
                 torch.empty(1, work.reference_tokens, 4, dtype=torch.int64),
             )
         negative = embeds[1] if len(embeds) > 1 else None
+        denoiser.images_a_prompt, denoiser.negative = work.num_images // work.num_prompts, negative
         denoiser.denoise(noise, embeds[0], negative, references=references, on_loaded=self._loaded)
 
     def reference(self) -> None:
@@ -211,6 +212,18 @@ class _Denoiser(Denoiser):
     """The executor's, with two steps for all of them, and of some batches only."""
 
     run_batches: Container[int] = ()
+    images_a_prompt = 1
+    negative: torch.Tensor | None = None
+
+    def _are_equal(self, one: torch.Tensor, other: torch.Tensor) -> bool:
+        """Whether the rows are of the same prompts, or all of negative ones; fake tensors have no values."""
+        return one.shape == other.shape and self._prompts(one) == self._prompts(other)
+
+    def _prompts(self, embeds: torch.Tensor) -> list[int]:
+        if self.negative is not None and embeds.untyped_storage()._cdata == self.negative.untyped_storage()._cdata:
+            return []
+        first = embeds.storage_offset() // embeds[0].numel()
+        return [row // self.images_a_prompt for row in range(first, first + len(embeds))]
 
     def stand_for_chunks(self, chunk_tokens: int) -> None:
         """Only the first and the last chunk, which is the longest: what is made of a chunk lies in tensors of all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers.models.transformers.transformer_flux2 import (
+    Flux2Modulation,
+    Flux2PosEmbed,
+    Flux2TimestepGuidanceEmbeddings,
+)
 
 from lowmem_flux2 import Engine
 from lowmem_flux2.errors import UsageError
@@ -176,6 +182,45 @@ def test_ragged_last_batch_equals_a_run_of_its_size(folders: dict[str, Path], st
     pair = pipeline(**arguments(num_images_per_prompt=2), generator=seeded(1, 2)).images
     last = pipeline(**arguments(), generator=seeded(3)).images
     assert torch.equal(made.images, torch.cat([pair, last]))
+
+
+@pytest.mark.parametrize("form", ["dev", "klein"])
+def test_what_is_the_same_for_all_steps_and_batches_is_computed_once(
+    form: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five images of one prompt in batches of two, two and one, three steps, and on klein two guidance passes."""
+    calls: Counter[str] = Counter()
+    owners = {
+        "rope": (Flux2PosEmbed, "forward"),
+        "modulation": (Flux2Modulation, "forward"),
+        "timestep": (Flux2TimestepGuidanceEmbeddings, "forward"),
+    }
+    for name, (owner, method) in owners.items():
+        before: Any = getattr(owner, method)
+
+        def counted(self: Any, *given: Any, name: str = name, before: Any = before, **named: Any) -> Any:
+            calls[name] += 1
+            return before(self, *given, **named)
+
+        monkeypatch.setattr(owner, method, counted)
+    linear = torch.nn.Linear.forward
+
+    def projected(self: torch.nn.Linear, given: torch.Tensor) -> torch.Tensor:
+        calls["text"] += self.in_features == 3 * tiny.HIDDEN
+        return linear(self, given)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", projected)
+    engine = Engine(str(folders[form]), dtype="fp32", batch_size=2)
+    asked = arguments(num_images_per_prompt=5, num_inference_steps=3, seed=1)
+    made = engine.generate(**asked).images
+    sizes, passes = 2, 1 if form == "dev" else 2
+    assert calls == {"rope": 2, "modulation": 3 * 3 * sizes, "timestep": 3 * sizes, "text": sizes * passes}
+    alone = (
+        Engine(str(folders[form]), dtype="fp32", batch_size=1)
+        .generate(**{**asked, "seed": 5, "num_images_per_prompt": 1})
+        .images
+    )
+    assert torch.equal(made[4:], alone)
 
 
 # --- callbacks, and what has no effect -----------------------------------------------------------------------------
