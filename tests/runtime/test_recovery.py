@@ -105,7 +105,7 @@ def test_finished_batches_are_not_denoised_again(step: int, tiny_klein: Path, mo
     [
         (TextEncoder, "encode", "encode"),
         (TextEncoder, "__init__", "encode"),
-        (Denoiser, "_condition", "denoise"),
+        (Denoiser, "_projected", "denoise"),
         (Denoiser, "_load_blocks", "denoise"),
     ],
 )
