@@ -150,7 +150,6 @@ def generate(
             "no plan that this version can carry out fits; the one above needs: " + "; ".join(made.not_executable)
         )
     with _interruptible():
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels when it is imported
         from lowmem_flux2.generating import Output, carry_out
 
         again += "" if seed is not None else f" -s {seeds[0]}"
@@ -384,6 +383,7 @@ def root(
 
 def main() -> NoReturn:
     """Entry point: every error raised on purpose becomes one message and its exit code."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels when it is imported
     try:
         app()
     except LowMemFlux2Error as error:

@@ -138,16 +138,18 @@ def _stage_fronts(job: Job, name: Stage, step: int) -> list[list[StagePlan]]:
     if name in ONE_BY_ONE:
         return [[stage for stage in job.tilings(name) if fits(stage, job.limits)]]
     options = options_of(job, name, time_then_effort)
+    if name == "upsample":  # whose fidelity is no picture's: one front of all formats
+        return [[job.priced(stage) for option in options for stage in option.search.front(step)]]
     return [list(map(job.priced, option.search.front(step))) for option in options]
 
 
 def _point(stages: Sequence[StagePlan]) -> FrontPoint:
-    encode, *_, denoise, decode = stages
+    encode, *_, denoise, decode = pictures = [stage for stage in stages if stage.stage != "upsample"]
     return FrontPoint(
         peak_vram_bytes=max(stage.cost.peak_vram_bytes for stage in stages),
         peak_ram_bytes=max(stage.cost.peak_ram_bytes for stage in stages),
         time_s=sum(stage.cost.time_s for stage in stages),
-        fidelity_error=fidelity_error([stage.cost.fidelity_error for stage in stages]),
+        fidelity_error=fidelity_error([stage.cost.fidelity_error for stage in pictures]),
         weight_format=denoise.weight_format,
         text_weight_format=encode.weight_format,
         resident=denoise.count(Placement.GPU),

@@ -256,8 +256,9 @@ class Plan:
 
     @property
     def fidelity_error(self) -> float:
-        """Independent errors of the stages add in squares."""
-        return float(sum(stage.cost.fidelity_error**2 for stage in self.stages) ** 0.5)
+        """Independent errors of the stages add in squares. Another wording of a prompt is no error of a picture."""
+        errors = [stage.cost.fidelity_error for stage in self.stages if stage.stage != "upsample"]
+        return float(sum(error**2 for error in errors) ** 0.5)
 
     @property
     def digest(self) -> str:

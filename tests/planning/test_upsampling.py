@@ -146,5 +146,6 @@ def test_quantized_layers_are_planned_and_prepared_once() -> None:
         prepared={("whole_text_encoder", "int8", "bf16")},
     )
     assert not [each for each in again.preparations if "text_encoder" in each.component]
+    assert plan.fidelity_error == planned(None, selection=Selection(text_weight_format="int8")).fidelity_error
     assert planned(selection=Selection(prefer="quality")).stage("upsample").weight_format == "bf16"
     assert planned(selection=Selection(prefer="speed")).stage("upsample").weight_format != "bf16"
