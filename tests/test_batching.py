@@ -178,6 +178,34 @@ def test_a_line_has_its_own_reference_images(run: Run, tiny_dev: Path, monkeypat
         assert Path(f"one_{index}.png").read_bytes() == Path(f"out_{index}.png").read_bytes()
 
 
+@pytest.mark.parametrize("step_cache", ["taylor:interval=3,warmup=2", "first-block:threshold=1.0,warmup=2"])
+def test_a_step_cache_goes_on_where_it_was(
+    step_cache: str, run: Run, tiny_dev: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bits after the stop are made of what the cache kept before it."""
+    from lowmem_flux2.runtime.denoise import Denoiser
+    from lowmem_flux2.runtime.forward import Forward
+
+    write_lines({"prompt": PROMPTS[0], "steps": 7})
+    command = batch(tiny_dev, "--step-cache", step_cache)
+    assert run(*command, "-o", "whole_{seed}.png").code == 0
+    with monkeypatch.context() as patch:
+        signals_in(patch, Forward, "predict", 3)
+        stopped = run(*command, "-o", "then_{seed}.png")
+    assert stopped.code == 130 and "steps of the next batch" in stopped.err
+    begun: list[int] = []
+    real = Denoiser.denoise
+
+    def denoise(self: Any, *given: Any, **named: Any) -> Any:
+        begun.append(named["progress"].step)
+        return real(self, *given, **named)
+
+    monkeypatch.setattr(Denoiser, "denoise", denoise)
+    assert run(*command, "-o", "then_{seed}.png").code == 0
+    assert begun[0] >= 2
+    assert Path("whole_7.png").read_bytes() == Path("then_7.png").read_bytes()
+
+
 def test_a_batch_is_interrupted_again_and_again(
     run: Run, tiny_dev: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -246,8 +246,8 @@ class BatchRun:
         try:
             made = self._engine.run(group.request, group.plan, inputs, seeds)
         except Interrupted:
-            if progress.latents is not None and group.plan.stage("denoise").step_cache == "off":
-                self._parts.put_under_way(progress.latents, progress.step)
+            if progress.latents is not None:
+                self._parts.put_under_way(progress.latents, progress.step, progress.kept)
                 stopped = StoppedBatch(number, len(progress.finished), progress.step)
                 self._keep(replace(self.manifest, stopped=stopped))
             raise
@@ -264,9 +264,10 @@ class BatchRun:
         ]
         stopped = self.manifest.stopped
         if stopped is not None and (stopped.group, stopped.batch) == (number, first):
-            latents = self._parts.under_way(stopped.step)
-            if latents is not None:
-                return Progress(done, latents.to(self._engine.machine.device_name), stopped.step)
+            found = self._parts.under_way(stopped.step)
+            if found is not None:
+                latents, kept = found
+                return Progress(done, latents.to(self._engine.machine.device_name), stopped.step, saved=kept)
         return Progress(done)
 
     # ------------------------------------------------------------------------------------------------------ decode

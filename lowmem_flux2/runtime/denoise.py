@@ -82,6 +82,11 @@ class Progress:
     skipped: list[tuple[int, ...]] = field(default_factory=list)
     saved: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def kept(self) -> Mapping[str, torch.Tensor]:
+        """What the step cache keeps of the batch under way, wherever it is."""
+        return self.saved if self.reuse is None else self.reuse.tensors()
+
 
 class Denoiser:
     """The transformer of one checkpoint, its blocks placed by the plan."""

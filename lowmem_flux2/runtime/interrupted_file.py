@@ -126,7 +126,7 @@ def interrupted_run(
 ) -> InterruptedRun:
     """What to keep of a run whose plan was being carried out."""
     progress, repeats = done.progress, request.num_images_per_prompt
-    held = progress.saved if progress.reuse is None else progress.reuse.tensors()
+    held = progress.kept
     return InterruptedRun(
         noise=done.noise,
         prompt_embeds=done.embeds[::repeats],

@@ -19,7 +19,7 @@ from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.runtime.checked import Damaged, read_checked, write_checked
 from lowmem_flux2.runtime.newfile import write_new
 
-UNDER_WAY, LOCK = "under_way.safetensors", "lock"
+UNDER_WAY, LOCK, KEPT = "under_way.safetensors", "lock", "kept."
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +100,18 @@ class Parts:
             tensors["latents"], plan, tuple(json.loads(texts["text_formats"])), json.loads(texts["versions"])
         )
 
-    def put_under_way(self, latents: torch.Tensor, step: int) -> None:
-        self._write(UNDER_WAY, {"latents": latents}, {"step": str(step)})
+    def put_under_way(self, latents: torch.Tensor, step: int, kept: Mapping[str, torch.Tensor]) -> None:
+        tensors = {"latents": latents, **{f"{KEPT}{name}": tensor for name, tensor in kept.items()}}
+        self._write(UNDER_WAY, tensors, {"step": str(step)})
 
-    def under_way(self, step: int) -> torch.Tensor | None:
-        """Packed latents of the stopped batch; None where they are not there, whole, or of another step."""
+    def under_way(self, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]] | None:
+        """Packed latents of the stopped batch, and what its step cache keeps; None where they are not there, whole, or
+        of another step."""
         found = self._read(UNDER_WAY)
-        return found[0]["latents"] if found is not None and found[1].get("step") == str(step) else None
+        if found is None or found[1].get("step") != str(step):
+            return None
+        latents = found[0].pop("latents")
+        return latents, {name.removeprefix(KEPT): tensor for name, tensor in found[0].items()}
 
     # --------------------------------------------------------------------------------------------------- pictures
 
