@@ -18,7 +18,7 @@ from lowmem_flux2.planning.planner import Selection
 from lowmem_flux2.planning.prompt_file import PromptLine, read_prompt_file
 from lowmem_flux2.planning.references import STOCK_BOUND_PX, references_of
 from lowmem_flux2.planning.sources import EMBEDDED, ModelSource, resolve_model
-from lowmem_flux2.planning.workload import Request, make_request
+from lowmem_flux2.planning.workload import Request, make_request, spec_of
 from lowmem_flux2.units import parse_bytes
 
 
@@ -75,6 +75,8 @@ def resolve(
         vae=flags.vae,
         cache=cache,
     )
+    out_layers = _layers(flags.text_encoder_out_layers)
+    source = replace(source, spec=spec_of(source.spec, out_layers))
     if flags.image_size is not None and not flags.image:
         raise UsageError("--image-size bounds reference images: give --image, or leave it out")
     bound = STOCK_BOUND_PX if flags.image_size is None else flags.image_size
@@ -93,11 +95,19 @@ def resolve(
         loras=tuple(map(Lora.parse, flags.lora or ())),
         caption_upsample_temperature=flags.caption_upsample,
     )
+    request = replace(request, text_encoder_out_layers=out_layers)
     if flags.revision is not None and source.kind != "hub":
         raise UsageError(f"--revision {flags.revision}: {model} is not on the hub; leave the flag out")
     machine = resolve_machine(fit.profile, fit.device, selection.max_ram_bytes)
     check_caps(selection, machine)
     return Asked(model, source, machine, request, selection)
+
+
+def _layers(text: str | None) -> tuple[int, ...] | None:
+    try:
+        return None if text is None else tuple(map(int, text.split(",")))
+    except ValueError:
+        raise UsageError(f"--text-encoder-out-layers {text}: numbers with commas between them, as 10,20,30") from None
 
 
 def check_caps(selection: Selection, machine: Machine) -> None:
@@ -145,6 +155,7 @@ IN_THE_FILE = frozenset(
     {
         *("prompt", "prompt_file", "model", "width", "height", "steps", "guidance", "num_images", "negative_prompt"),
         *("max_sequence_length", "image", "image_size", "lora", "caption_upsample", "revision", "seed"),
+        "text_encoder_out_layers",
         *("dtype", "weight_format", "text_weight_format", "placement", "step_cache", "batch_size", "plan"),
     }
 )

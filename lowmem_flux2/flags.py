@@ -26,6 +26,7 @@ class RequestFlags:
     num_images: opt.NumImages = None
     negative_prompt: opt.Negative = None
     max_sequence_length: opt.Length = None
+    text_encoder_out_layers: opt.OutLayers = None
     image: opt.References = None
     image_size: opt.ImageSize = None
     lora: opt.Loras = None

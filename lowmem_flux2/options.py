@@ -94,6 +94,15 @@ Length = Annotated[
     int | None,
     typer.Option(help="Text tokens, padded to exactly this many. Default: the model's.", rich_help_panel=ASK),
 ]
+OutLayers = Annotated[
+    str | None,
+    typer.Option(
+        "--text-encoder-out-layers",
+        metavar="N,N,N",
+        help="Other hidden states of the text encoder than the model's own; for experiments.",
+        rich_help_panel=ASK,
+    ),
+]
 References = Annotated[
     list[str] | None,
     typer.Option(

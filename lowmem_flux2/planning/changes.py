@@ -8,7 +8,7 @@ from typing import Any
 
 from lowmem_flux2.planning.configs import spec_from_configs
 from lowmem_flux2.planning.hardware import Hardware
-from lowmem_flux2.planning.models import ModelSpec
+from lowmem_flux2.planning.models import OUT_LAYERS, ModelSpec
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.planner import make_plan
 from lowmem_flux2.planning.references import reduced
@@ -99,6 +99,9 @@ class Change:
             words += ["--image", "{}x{}".format(*reference)]
         if work.guidance_passes != guidance_passes(self.model, defaults.guidance_scale):
             words += ["--guidance", "1" if work.guidance_passes == 1 else "4"]
+        text = self.model.text_encoder
+        if text.out_layers != OUT_LAYERS[text.architecture]:
+            words += ["--text-encoder-out-layers", ",".join(map(str, text.out_layers))]
         if work.upsample_temperature is not None:
             words += ["--caption-upsample", f"{work.upsample_temperature!r}"]
         for adapter in work.adapters:

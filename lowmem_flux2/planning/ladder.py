@@ -70,7 +70,7 @@ def _job(plan: Plan, current: StagePlan, weight_format: str, model: ModelSpec, s
     selection = Selection(
         dtype=current.compute_dtype,
         weight_format=weight_format if current.stage == "denoise" else "auto",
-        text_weight_format=weight_format if current.stage == "encode" else "auto",
+        text_weight_format=weight_format if current.component == "text_encoder" else "auto",
         step_cache=current.step_cache,
         batch_size=current.batch_size if current.stage == "denoise" else 0,
     )

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any, cast
 
+import torch
+
 from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning.adapters import Lora
 from lowmem_flux2.runtime.generation import Generation
@@ -39,6 +41,18 @@ def check_together(
         raise UsageError("give either seed or latents, and not both: latents are the noise that a seed would draw")
     if output_type not in OUTPUT_TYPES:
         raise UsageError(f"output_type {output_type!r}: one of {', '.join(OUTPUT_TYPES)}")
+
+
+def in_place_of_prompts(embeds: torch.Tensor | None) -> tuple[list[str], int]:
+    """What stands for the prompts that embeddings (prompts, tokens, width) are of, and their length.
+
+    Raises:
+        UsageError: another shape.
+    """
+    assert embeds is not None
+    if embeds.ndim != 3:
+        raise UsageError(f"prompt_embeds have the shape {tuple(embeds.shape)}: (prompts, tokens, width)")
+    return ["(embeddings)"] * embeds.shape[0], int(embeds.shape[1])
 
 
 def lora_scale(attention_kwargs: Mapping[str, Any] | None, loras: Sequence[Lora]) -> float:

@@ -14,13 +14,14 @@ from lowmem_flux2.errors import NotExecutable, UsageError
 from lowmem_flux2.folders import cache_folder
 from lowmem_flux2.planning.adapters import LoraLike, lora_files
 from lowmem_flux2.planning.job import AUTO, Machine, plan_job, replay, resolve_machine
+from lowmem_flux2.planning.models import OUT_LAYERS
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.planner import Selection, StreamFrom
 from lowmem_flux2.planning.references import Reference
 from lowmem_flux2.planning.sources import ModelSource, resolve_model
 from lowmem_flux2.planning.workload import Preference, Request, image_seeds, make_request, spec_of
 from lowmem_flux2.runtime.cache import prompt_cache_limit
-from lowmem_flux2.runtime.call import check_alone, check_together, lora_scale, returned, rounded
+from lowmem_flux2.runtime.call import check_alone, check_together, in_place_of_prompts, lora_scale, returned, rounded
 from lowmem_flux2.runtime.denoise import Generators
 from lowmem_flux2.runtime.device import torch_device
 from lowmem_flux2.runtime.download import with_weights, with_whole_text_encoder
@@ -286,11 +287,7 @@ class Engine:
         if caption_upsample_temperature and prompt is None:
             raise UsageError("caption_upsample_temperature: there is no prompt to upsample, only its embeddings")
         if prompt is None:
-            assert prompt_embeds is not None
-            if prompt_embeds.ndim != 3:
-                raise UsageError(f"prompt_embeds have the shape {tuple(prompt_embeds.shape)}: (prompts, tokens, width)")
-            prompt = ["(embeddings)"] * prompt_embeds.shape[0]
-            max_sequence_length = int(prompt_embeds.shape[1])
+            prompt, max_sequence_length = in_place_of_prompts(prompt_embeds)
         opened = None if image is None else pictures_of(image)
         references, pictures = prepare_references(opened, self._source.spec.size_multiple, image_size)
         request = self.request(
@@ -388,8 +385,9 @@ class Engine:
         self._source = with_weights(self._source, offline=self._running.offline)
         source, offline = self._of(job.request), self._running.offline
         is_upsampled = job.request.caption_upsample_temperature is not None and job.inputs.prompt_embeds is None
-        is_whole = source.spec.text_encoder.layers_used > self._source.spec.text_encoder.layers_used
-        if (is_upsampled or is_whole) and job.resumed is None and job.interrupted is None:
+        text = source.spec.text_encoder
+        is_deep = text.layers_used > max(OUT_LAYERS[text.architecture])  # which a download may have left out
+        if (is_upsampled or is_deep) and job.resumed is None and job.interrupted is None:
             source = with_whole_text_encoder(
                 source, offline=offline, sees=is_upsampled and bool(job.request.references)
             )

@@ -12,6 +12,7 @@ from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lowmem_flux2.errors import UsageError
+from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.workload import Request
 from lowmem_flux2.report import ImageRecord
@@ -121,6 +122,10 @@ def describe(
     if record.upsampled_prompt is not None:
         texts["upsampled_prompt"] = record.upsampled_prompt
         texts["caption_upsample"] = f"temperature {plan.workload.upsample_temperature:g}, seed {record.upsample_seed}"
+        if FORMATS[written := plan.stage("upsample").weight_format].is_quantized:
+            texts["caption_upsample"] += f", {written} weights"
+    if request.text_encoder_out_layers is not None:
+        texts["text_encoder_out_layers"] = ",".join(map(str, request.text_encoder_out_layers))
     if plan.workload.adapters:
         texts["lora"] = ", ".join(map(str, plan.workload.adapters))
     if request.references:

@@ -11,7 +11,7 @@ from machines import DEV, KLEIN_9B, SUPPORTED, machine, spec, work
 
 from lowmem_flux2.errors import PlanMismatch, UsageError
 from lowmem_flux2.planning.changes import Change
-from lowmem_flux2.planning.ladder import next_rung, peak_bytes
+from lowmem_flux2.planning.ladder import next_format, next_rung, peak_bytes
 from lowmem_flux2.planning.plan import Plan, StagePlan
 from lowmem_flux2.planning.planner import make_plan
 from lowmem_flux2.planning.references import Reference
@@ -84,12 +84,18 @@ def test_a_plan_is_read_back_replayed_and_told_apart() -> None:
         )
 
 
-def test_its_next_rung_has_a_lower_peak() -> None:
-    plan = planned()
-    lower = next_rung(plan, "upsample", spec(DEV), SUPPORTED)
-    assert lower is not None
-    assert peak_bytes(lower.stage("upsample")) < peak_bytes(plan.stage("upsample"))
-    assert lower.stage("upsample").weight_format == plan.stage("upsample").weight_format != "bf16"
+@pytest.mark.parametrize("weight_format", ["auto", "bf16", "nf4"])
+def test_its_rungs_have_lower_peaks_and_the_same_format(weight_format: str) -> None:
+    plan = planned(selection=Selection(text_weight_format=weight_format))
+    begun = plan.stage("upsample")
+    rungs = 0
+    while (lower := next_rung(plan, "upsample", spec(DEV), SUPPORTED)) is not None and rungs < 4:
+        assert peak_bytes(lower.stage("upsample")) < peak_bytes(plan.stage("upsample"))
+        assert lower.stage("upsample").weight_format == begun.weight_format
+        plan, rungs = lower, rungs + 1
+    assert rungs
+    coarser = next_format(planned(selection=Selection(text_weight_format="bf16")), "upsample", spec(DEV), SUPPORTED)
+    assert coarser is not None and coarser.stage("upsample").weight_format == "int8"
 
 
 def test_printed_commands_keep_it() -> None:

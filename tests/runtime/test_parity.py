@@ -18,8 +18,11 @@ from diffusers.models.transformers.transformer_flux2 import (
     Flux2PosEmbed,
     Flux2TimestepGuidanceEmbeddings,
 )
+from PIL import Image
+from typer.testing import CliRunner
 
 from lowmem_flux2 import Engine
+from lowmem_flux2.cli import app
 from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning.plan import Placement, Plan, StagePlan
 from lowmem_flux2.runtime.encode import TextEncoder
@@ -309,6 +312,25 @@ def test_other_layers_run_quantized_and_are_cached_apart(tiny_klein: Path, tmp_p
     assert not torch.equal(plain, other)
     assert torch.equal(other, engine.generate(**asked, text_encoder_out_layers=(1, 2, tiny.QWEN_LAYERS)).images)
     assert torch.equal(plain, engine.generate(**asked).images)
+
+
+def test_other_layers_on_the_command_line(tiny_klein: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    size = ["-W", "96", "-H", "64", "--steps", "2", "--guidance", "4", "--max-sequence-length", "64", "--dtype", "fp32"]
+    command = ["generate", "-q", "-m", str(tiny_klein), "-p", PROMPT, "-s", "1", *size, "-o", "x.png"]
+    layers = ["--text-encoder-out-layers", "3,1,2"]
+    ran = CliRunner().invoke(app, [*command, *layers, "--save-latents", "l"])
+    assert ran.exit_code == 0, ran.output
+    decoded = CliRunner().invoke(app, ["generate", "-q", "--from-latents", "l", "-o", "y.png"])
+    assert decoded.exit_code == 0, decoded.output
+    asked = arguments(text_encoder_out_layers=(3, 1, 2), output_type="pil", seed=1)
+    (made,) = Engine(str(tiny_klein), dtype="fp32").generate(**asked).images
+    for name in ("x.png", "y.png"):
+        picture = Image.open(name)
+        assert np.array_equal(np.asarray(picture), np.asarray(made))
+        assert picture.text["text_encoder_out_layers"] == "3,1,2"
+    refused = CliRunner().invoke(app, [*command, "--text-encoder-out-layers", "3,x"])
+    assert "numbers with commas between them" in str(refused.exception)
 
 
 def test_the_scale_of_attention_kwargs_is_that_of_all_loras(tiny_klein: Path, tmp_path: Path) -> None:

@@ -262,7 +262,7 @@ def test_a_batch_is_upsampled_and_goes_on_where_it_was(
     tiny_dev: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two groups, one with a reference image; stopped between them, and run again, to the bytes of single runs."""
-    monkeypatch.setattr(upsample, "PROMPT_TOKENS", 1024)  # so that it is quick
+    monkeypatch.setattr(upsample, "PROMPT_TOKENS", 640)  # so that it is quick
     folder = str(soon_over(Path(shutil.copytree(tiny_dev, tmp_path / "dev"))))
     monkeypatch.chdir(tmp_path)
     noise(64, 64).save("r.png")
@@ -300,6 +300,34 @@ def test_a_batch_is_upsampled_and_goes_on_where_it_was(
         assert ours.text["upsampled_prompt"] == single.text["upsampled_prompt"]
         assert ours.text["caption_upsample"] == single.text["caption_upsample"]
         assert ours.text["prompt"] in ("a dog", "a cat", "a hat")
+
+
+def test_running_out_of_memory_at_a_token_writes_the_same(
+    tiny_dev: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage begins again on the next rung, sampled with the same seed, with the picture still before it."""
+    monkeypatch.setattr(upsample, "PROMPT_TOKENS", 640)
+    folder = soon_over(Path(shutil.copytree(tiny_dev, tmp_path / "dev")))
+    asked: dict[str, Any] = {"image": noise(64, 64), "caption_upsample_temperature": 1.5, "seed": 5, "height": 64}
+    asked |= {"width": 64, "num_inference_steps": 1, "max_sequence_length": 64, "output_type": "latent"}
+    engine = Engine(str(folder), dtype="fp32")
+    unbroken = engine.generate("a dog", **asked)
+    real, calls = upsample._EmbeddingRows.forward, []
+
+    def failing(self: Any, ids: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(self, ids)
+
+    monkeypatch.setattr(upsample._EmbeddingRows, "forward", failing)
+    again = engine.generate("a dog", **asked)
+    assert "upsample: out of memory" in again.report.events[0]
+    assert len(calls) > 3
+    assert torch.equal(again.images, unbroken.images)
+    assert [one.upsampled_prompt for one in again.report.images] == [
+        one.upsampled_prompt for one in unbroken.report.images
+    ]
 
 
 def test_an_encoder_without_what_writes_is_told_from_a_whole_one(tmp_path: Path, folder: Path) -> None:
