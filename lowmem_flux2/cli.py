@@ -1,4 +1,8 @@
-"""The command line. Each command parses once, into frozen objects, and hands over; torch is imported only to run."""
+"""The command line. Each command parses once, into frozen objects, and hands over.
+
+A command imports what it needs when it is called: torch only to run, and the planner not for ``--help``, which has to
+answer at once.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +20,8 @@ from rich.console import Console
 
 from lowmem_flux2 import listing
 from lowmem_flux2 import options as opt
-from lowmem_flux2.arguments import (
-    after,
-    check_all_is_in_the_file,
-    check_caps,
-    check_nothing_is_chosen,
-    read_prompts,
-    resolve,
-    selection_of,
-    words_to_go_on,
-)
 from lowmem_flux2.errors import Interrupted, LowMemFlux2Error, NotExecutable, RunError, UsageError
 from lowmem_flux2.flags import FitFlags, RequestFlags, flattened
-from lowmem_flux2.planning.hardware import list_profiles
-from lowmem_flux2.planning.job import Machine, plan_job, replay, resolve_machine
-from lowmem_flux2.planning.plan import read_plan
-from lowmem_flux2.planning.sources import EMBEDDED, resolve_model
-from lowmem_flux2.planning.workload import image_seeds
 from lowmem_flux2.version import __version__
 
 app = typer.Typer(
@@ -73,9 +62,12 @@ def generate(
 
     lowmem-flux2 generate -p "a large red circle in the center on a blue background" -s 0
     """
-    from lowmem_flux2 import preparing
+    from lowmem_flux2 import arguments, preparing
     from lowmem_flux2.folders import cache_folder
     from lowmem_flux2.planning.explain import explain
+    from lowmem_flux2.planning.job import Machine, plan_job, replay, resolve_machine
+    from lowmem_flux2.planning.plan import read_plan
+    from lowmem_flux2.planning.workload import image_seeds
     from lowmem_flux2.runtime.cache import prompt_cache_limit, prompt_files
     from lowmem_flux2.runtime.picture import OutputPattern, check_writable
     from lowmem_flux2.runtime.running import Running
@@ -88,8 +80,8 @@ def generate(
         check_writable("--report", report)
     if save_latents is not None:
         check_writable("--save-latents", save_latents)
-    selection = selection_of(fit)
-    goes_on, decodes = (words_to_go_on(context, decodes=decodes) for decodes in (False, True))
+    selection = arguments.selection_of(fit)
+    goes_on, decodes = (arguments.words_to_go_on(context, decodes=decodes) for decodes in (False, True))
     again = shlex.join(["lowmem-flux2", *sys.argv[1:]])
 
     def running(machine: Machine) -> Running:
@@ -99,9 +91,9 @@ def generate(
     if manifest is not None and (flags.prompt_file is None or from_latents is not None):
         raise UsageError("--manifest is of a --prompt-file batch: give one, or leave it out")
     if from_latents is not None:
-        check_all_is_in_the_file(flags, selection, seed, plan)
+        arguments.check_all_is_in_the_file(flags, selection, seed, plan)
         machine = resolve_machine(fit.profile, fit.device, selection.max_ram_bytes)
-        check_caps(selection, machine)
+        arguments.check_caps(selection, machine)
         with _interruptible():
             from lowmem_flux2.generating import Output, Parts, go_on
 
@@ -125,14 +117,14 @@ def generate(
                 written = Output(pattern, report, None, not no_metadata, quiet, out, err, goes_on, decodes, again)
                 started.carry_out(running(started.asked.machine), written)
         return
-    prompts = read_prompts(flags.prompt, flags.prompt_file)
+    prompts = arguments.read_prompts(flags.prompt, flags.prompt_file)
     if plan is not None:
         replayed = read_plan(plan)
-        check_nothing_is_chosen(selection)
-        asked = resolve(after(flags, replayed), fit, selection, prompts, cache=cache_dir)
+        arguments.check_nothing_is_chosen(selection)
+        asked = arguments.resolve(arguments.after(flags, replayed), fit, selection, prompts, cache=cache_dir)
         made = replay(replayed, asked.source, asked.machine, asked.request, plan, selection)
     else:
-        asked = resolve(flags, fit, selection, prompts, cache=cache_dir)
+        asked = arguments.resolve(flags, fit, selection, prompts, cache=cache_dir)
         prepared = preparing.prepared_of(asked.source, preparing.cache_of(cache_dir))
         made = plan_job(asked.source, asked.machine, asked.request, selection, running=True, prepared=prepared)
     seeds = image_seeds(seed, asked.request.num_images)
@@ -188,15 +180,19 @@ def plan(
     lowmem-flux2 plan -m flux2-dev --profile rtx-3060-12gb --max-ram 32GiB
     """
     if table:
+        from lowmem_flux2.planning.hardware import list_profiles
         from lowmem_flux2.tables import MODELS, document
 
         profiles = list_profiles() if fit.profile == "auto" else [fit.profile]
         sys.stdout.write(document(profiles, [flags.model] if flags.model else MODELS))
         return
-    from lowmem_flux2 import preparing
+    from lowmem_flux2 import arguments, preparing
+    from lowmem_flux2.planning.job import plan_job
 
-    prompts = read_prompts(flags.prompt, flags.prompt_file)
-    asked = resolve(flags, fit, selection_of(fit), prompts, without_prompt="(no prompt)", cache=cache_dir)
+    prompts = arguments.read_prompts(flags.prompt, flags.prompt_file)
+    asked = arguments.resolve(
+        flags, fit, arguments.selection_of(fit), prompts, without_prompt="(no prompt)", cache=cache_dir
+    )
     prepared = preparing.prepared_of(asked.source, preparing.cache_of(cache_dir))
     made = plan_job(asked.source, asked.machine, asked.request, asked.selection, prepared=prepared)
     from lowmem_flux2.planning.alternatives import alternatives_of, shown
@@ -230,8 +226,11 @@ def simulate(
     """
     if flags.caption_upsample is not None:
         raise UsageError("--caption-upsample is not simulated: its stage grows by a token a round; leave it out")
-    prompts = read_prompts(flags.prompt, flags.prompt_file)
-    asked = resolve(flags, fit, selection_of(fit), prompts, without_prompt="(no prompt)")
+    from lowmem_flux2 import arguments
+    from lowmem_flux2.planning.job import plan_job
+
+    prompts = arguments.read_prompts(flags.prompt, flags.prompt_file)
+    asked = arguments.resolve(flags, fit, arguments.selection_of(fit), prompts, without_prompt="(no prompt)")
     made = plan_job(asked.source, asked.machine, asked.request, asked.selection)
     from lowmem_flux2.simulating import compare, table_of
 
@@ -274,6 +273,8 @@ def prepare(
     lowmem-flux2 prepare -m flux2-dev --weight-format int8
     """
     from lowmem_flux2 import preparing
+    from lowmem_flux2.planning.job import resolve_machine
+    from lowmem_flux2.planning.sources import EMBEDDED, resolve_model
 
     cache = preparing.cache_of(cache_dir)
     if list_all:
@@ -315,6 +316,8 @@ def bench(
 
     With --fidelity: the same pictures by every weight format, step cache and VAE tile, compared; table, JSON, PNG.
     """
+    from lowmem_flux2.planning.sources import EMBEDDED
+
     with _interruptible():
         if fidelity:
             from lowmem_flux2.fidelity import Setting, measure_fidelity, prompts_for

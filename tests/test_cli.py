@@ -240,6 +240,23 @@ def test_planning_never_imports_torch(arguments: list[str]) -> None:
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["plan", "--help"]])
+def test_help_imports_neither_the_planner_nor_what_checks_files(arguments: list[str]) -> None:
+    """Help has to be there at once: none of the modules that only planning and running need is imported for it."""
+    script = (
+        "import sys; sys.argv[1:] = " + repr(arguments) + "\n"
+        "from lowmem_flux2 import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "ours = [name for name in sys.modules if name.startswith('lowmem_flux2.')]\n"
+        "assert len(ours) < 15 and not any('.planning.' in name for name in ours), ours\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'psutil', 'pynvml', 'huggingface_hub'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # ---------------------------------------------------------------------------------------------------- generate
 
 

@@ -134,13 +134,25 @@ def _front(job: Job) -> Iterator[FrontPoint]:
 
 
 def _stage_fronts(job: Job, name: Stage, step: int) -> list[list[StagePlan]]:
-    """For each fidelity of a stage, its plans from the fastest down to the least memory."""
+    """For each fidelity of a stage, its plans from the fastest down to the least memory.
+
+    Of a coarser one, those alone that are faster by more than ``SAME_TIME``, or take less memory, than all finer ones.
+    """
     if name in ONE_BY_ONE:
         return [[stage for stage in job.tilings(name) if fits(stage, job.limits)]]
-    options = options_of(job, name, time_then_effort)
+    fronts: list[list[StagePlan]] = []
+    known: list[tuple[int, int]] = []
+    for option in options_of(job, name, time_then_effort):
+        fronts.append([job.priced(stage) for stage in option.search.front(step, known)])
+        known += [(_beaten(stage), _peak(stage)) for stage in fronts[-1]]
     if name == "upsample":  # whose fidelity is no picture's: one front of all formats
-        return [[job.priced(stage) for option in options for stage in option.search.front(step)]]
-    return [list(map(job.priced, option.search.front(step))) for option in options]
+        return [[stage for front in fronts for stage in front]]
+    return fronts
+
+
+def _beaten(stage: StagePlan) -> int:
+    """The least value that is no faster than this plan by more than ``SAME_TIME``."""
+    return time_then_effort(round(1e9 * stage.cost.time_s * (1 - SAME_TIME)), 0, 0, 0)
 
 
 def _point(stages: Sequence[StagePlan]) -> FrontPoint:

@@ -53,6 +53,21 @@ def device_bytes(work: StageWork, gpu: int, slots: int) -> DeviceBytes:
     return DeviceBytes(resident, slots, activation, margin_bytes(work.overhead_bytes, work.activation_bytes, weights))
 
 
+def device_total_bytes(work: StageWork, weights: int) -> int:
+    """``sum(device_bytes)`` of resident blocks and slots of so many bytes together: which of both does not matter."""
+    weights = max(weights + work.kept_bytes, work.once_bytes - work.activation_bytes)
+    return weights + work.activation_bytes + margin_bytes(work.overhead_bytes, work.activation_bytes, weights)
+
+
+def device_room_bytes(work: StageWork, most_bytes: int) -> int:
+    """The most bytes of resident blocks and slots whose ``device_total_bytes`` is no more; negative where none are."""
+    left = most_bytes - work.activation_bytes - margin_bytes(work.overhead_bytes, work.activation_bytes, 0)
+    weights = left * 100 // 101
+    while weights + 1 + (weights + 1) // 100 <= left:
+        weights += 1
+    return weights - work.kept_bytes if weights >= work.once_bytes - work.activation_bytes else -1
+
+
 def host_bytes(work: StageWork, tiers: Tiers, on_host: bool) -> int:
     """RAM that is not pinned, in bytes."""
     host = work.process_bytes + READ_BUFFER_BYTES + work.host_bytes
@@ -62,6 +77,11 @@ def host_bytes(work: StageWork, tiers: Tiers, on_host: bool) -> int:
     # Before the arenas exist, resident blocks pass through two host buffers, and embedders tensor by tensor.
     passing = max(tiers.ring + 2 * tiers.largest_resident, work.passing_bytes)
     return host + max(beside, passing - (tiers.pinned + tiers.ring))
+
+
+def room_bytes(work: StageWork, ram_bytes: int) -> int:
+    """What so much RAM beside a GPU has room for, of pinned and pageable blocks and the ring (see ``host_bytes``)."""
+    return ram_bytes - work.process_bytes - READ_BUFFER_BYTES - work.host_bytes - work.result_bytes
 
 
 def loaded_bytes(work: StageWork, tiers: Tiers) -> int:

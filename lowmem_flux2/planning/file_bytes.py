@@ -32,10 +32,13 @@ def file_ratio(stage: StagePlan, model: ModelSpec) -> FileRatio:
 def block_file_bytes(stage: StagePlan, model: ModelSpec, blocks: Sequence[BlockSpec]) -> tuple[int, ...]:
     """Of each block's file in the store, or of its tensors in the checkpoint."""
     fmt, dtype_bytes = FORMATS[stage.weight_format], DTYPE_BYTES[stage.compute_dtype]
-    if fmt.is_quantized:
-        return tuple(fmt.block_bytes(block, dtype_bytes) for block in blocks)
     held = stored_bytes(model, stage.component)
-    return tuple(held * block.total_weights for block in blocks)
+    kinds = {id(block): block for block in blocks}  # most blocks are one and the same object
+    sizes = {
+        kind: fmt.block_bytes(block, dtype_bytes) if fmt.is_quantized else held * block.total_weights
+        for kind, block in kinds.items()
+    }
+    return tuple(sizes[id(block)] for block in blocks)
 
 
 def transformer_file_bytes(model: ModelSpec) -> int:

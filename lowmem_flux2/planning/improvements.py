@@ -42,15 +42,28 @@ def _planned(changes: Iterable[Change], plan: Plan, support: Support) -> Iterato
 
 
 def _more_ram(plan: Plan, asked: Change, support: Support) -> Iterator[str]:
+    """The least that helps. More never helps less by the plan's own objective: where the most does not, none is tried,
+    and of the others half are passed over each time."""
     if not any(stage.count(Placement.DISK) for stage in plan.stages):
         return  # all weights that are used again are in memory
-    for gib in MORE_RAM_GIB:
-        for other in _planned([asked.with_ram(plan.limits.ram_bytes + gib * GIB)], plan, support):
+
+    def with_more(gib: int) -> Plan | None:
+        change = asked.with_ram(plan.limits.ram_bytes + gib * GIB)
+        for other in _planned([change], plan, support):
             is_faster = other.time_s <= (1 - WORTH) * plan.time_s and other.fidelity_error <= plan.fidelity_error
             is_better = other.fidelity_error < plan.fidelity_error and other.time_s <= (1 + WORTH) * plan.time_s
             if is_faster or is_better:
-                yield f"+{gib} GiB RAM: {_gain(plan, other)}"
-                return
+                return other
+        return None
+
+    low, high = 0, len(MORE_RAM_GIB) - 1
+    best = with_more(MORE_RAM_GIB[high])
+    while best is not None and low < high:
+        middle = (low + high) // 2
+        less = with_more(MORE_RAM_GIB[middle])
+        low, high, best = (low, middle, less) if less is not None else (middle + 1, high, best)
+    if best is not None:
+        yield f"+{MORE_RAM_GIB[high]} GiB RAM: {_gain(plan, best)}"
 
 
 def _smaller(plan: Plan, asked: Change, support: Support) -> Iterator[str]:

@@ -10,10 +10,9 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
-
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning.adapters import Adapter
@@ -24,6 +23,9 @@ from lowmem_flux2.planning.models import Component
 from lowmem_flux2.planning.stage_cost import StageCost
 from lowmem_flux2.planning.step_caches import parse_step_cache
 from lowmem_flux2.planning.workload import Workload
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 SCHEMA_VERSION = 1
 
@@ -300,6 +302,8 @@ class Plan:
         Raises:
             UsageError: not a plan of this schema; says which key.
         """
+        from pydantic import ValidationError
+
         if not isinstance(raw, dict) or not isinstance(raw.get("stages"), list):
             raise UsageError(f"{source}: not a plan file (no 'stages'); write one with: lowmem-flux2 plan --json")
         if raw.get("schema_version") != SCHEMA_VERSION:
@@ -309,7 +313,7 @@ class Plan:
         kept = {key: value for key, value in raw.items() if key not in _BESIDES}
         kept["stages"] = [_without_derived(stage) for stage in raw["stages"]]
         try:
-            plan = _PLAN.validate_python(kept)
+            plan = _adapter().validate_python(kept)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
@@ -351,8 +355,15 @@ def _without_derived(stage: Any) -> Any:
 
 _NOUNS: tuple[Any, ...] = (StageCost, StagePlan, Limits, FormatChange, Preparation, Plan, Workload, Adapter, Hardware)
 for _noun in _NOUNS:
-    _noun.__pydantic_config__ = ConfigDict(extra="forbid")
-_PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)
+    _noun.__pydantic_config__ = {"extra": "forbid"}
+
+
+@cache
+def _adapter() -> TypeAdapter[Plan]:
+    """Made when a plan is first read: making plans needs none of it, and has to start at once."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Plan)
 
 
 def read_plan(path: Path) -> Plan:

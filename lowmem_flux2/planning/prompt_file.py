@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
-
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lowmem_flux2.errors import UsageError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 JSONL = (".jsonl", ".ndjson")
 
@@ -31,7 +33,7 @@ class PromptLine:
         lora: each FILE or FILE:SCALE.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     prompt: str
     width: int | None = None
     height: int | None = None
@@ -54,7 +56,14 @@ class Located:
 
 _KEYS = tuple(field.name for field in fields(PromptLine))
 _LISTS = ("image", "lora")
-_LINE: TypeAdapter[PromptLine] = TypeAdapter(PromptLine)
+
+
+@cache
+def _adapter() -> TypeAdapter[PromptLine]:
+    """Made when the first such line is read: no other command waits for it."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(PromptLine)
 
 
 def read_prompt_file(path: Path) -> tuple[Located, ...]:
@@ -101,8 +110,10 @@ def _parsed(line: str, where: str) -> PromptLine:
     for key in _LISTS:  # one may be written without brackets
         if isinstance(raw.get(key), str):
             raw[key] = [raw[key]]
+    from pydantic import ValidationError
+
     try:
-        return _LINE.validate_json(json.dumps(raw), strict=True)
+        return _adapter().validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "prompt"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 
-from lowmem_flux2.planning.cost import device_bytes, host_bytes
+from lowmem_flux2.planning.cost import device_room_bytes, device_total_bytes, host_bytes
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.passages import Tiers, passage
 from lowmem_flux2.planning.plan import Limits, Placement, StagePlan
@@ -87,7 +87,6 @@ class TieredBlocks:
         work, hardware = self.work, self.hardware
         self.on_host = hardware.device == "cpu"
         self.total = len(work.block_bytes)
-        self._vram: dict[tuple[int, int], int] = {}
         self.order = order
         self.rank = [0] * self.total
         for rank, index in enumerate(self.order):
@@ -125,10 +124,8 @@ class TieredBlocks:
         """Peak VRAM of so many resident blocks and slots; 0 on a CPU."""
         if self.on_host:
             return 0
-        if (found := self._vram.get((resident, slots))) is None:
-            device = device_bytes(self.work, self.bytes[resident], slots * self.largest_streamed[resident])
-            found = self._vram[resident, slots] = self.hardware.context_bytes + sum(device)
-        return found
+        held = self.bytes[resident] + slots * self.largest_streamed[resident]
+        return self.hardware.context_bytes + device_total_bytes(self.work, held)
 
     def peak(self, resident: int, slots: int) -> int:
         """Peak of the compute device's memory: VRAM, or on a CPU RAM, with the other blocks on disk."""
@@ -142,12 +139,18 @@ class TieredBlocks:
         tiers = self.tiers(resident, pinned, ram, slots)
         return self.ram(tiers), tiers.pinned + tiers.ring if tiers.pinned else 0
 
-    def fits(self, resident: int, slots: int, all_in_ram: bool, limits: Limits) -> bool:
-        """Whether so many resident blocks fit the device; on a CPU that is RAM, which then holds the others too."""
-        if not self.on_host:
-            return self.vram(resident, slots) <= limits.vram_bytes
-        end = self.total if all_in_ram else resident
-        return self.ram(self.tiers(resident, resident, end, slots)) <= limits.ram_bytes
+    def fitting(self, numbers: Iterable[int], slots: int, all_in_ram: bool, limits: Limits) -> list[int]:
+        """The numbers of residents that fit the device; on a CPU that is RAM, which then holds the others too."""
+        if self.on_host:
+            end = self.total
+            return [
+                resident
+                for resident in numbers
+                if self.ram(self.tiers(resident, resident, end if all_in_ram else resident, slots)) <= limits.ram_bytes
+            ]
+        room = device_room_bytes(self.work, limits.vram_bytes - self.hardware.context_bytes)
+        sums, largest = self.bytes, self.largest_streamed
+        return [resident for resident in numbers if sums[resident] + slots * largest[resident] <= room]
 
     def tiers(self, resident: int, pinned: int, ram: int, slots: int) -> Tiers:
         """``pinned`` and ``ram`` are the ranks where pinned blocks and blocks in RAM end."""

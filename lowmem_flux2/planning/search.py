@@ -14,11 +14,12 @@ of it cheaper: the result never gets worse.
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from lowmem_flux2.planning.cost import load_ns
+from lowmem_flux2.planning.cost import load_ns, room_bytes
 from lowmem_flux2.planning.passages import Tiers
 from lowmem_flux2.planning.plan import Limits, Placement, StagePlan
 from lowmem_flux2.planning.residency import TieredBlocks, Variant
@@ -78,6 +79,23 @@ class _Box(NamedTuple):
         """Peak of the compute device's memory with the fewest residents; for more, it is hardly ever less."""
         return self.root.blocks.peak(self.root.residents[self.least[0]], self.root.slots)
 
+    def below(self, most_bytes: int) -> _Box | None:
+        """Without the most residents as long as they have a higher peak; itself, or None where no plan is left."""
+        blocks, first, last = self.root.blocks, self.least[0], self.most[0]
+        while last >= first and blocks.peak(self.root.residents[last], self.root.slots) > most_bytes:
+            last -= 1
+        if last == self.most[0]:
+            return self
+        return None if last < first else _Box(self.root, self.least, (last, *self.most[1:]))
+
+    def trimmed(self, cut: _Cut) -> _Box:
+        """Without numbers in memory, and of pinned blocks, that fit with none of the others."""
+        resident, held, pinned = self.most
+        if self.root.others == "either":
+            held = min(held, cut.ram)
+        pinned = min(pinned, max(cut.ram - self.root.residents[self.least[0]], self.least[2]))
+        return _Box(self.root, self.least, (resident, held, pinned))
+
     def halves(self) -> Iterator[_Box]:
         """Split along the longest range, the faster half first."""
         widths = [most - least for least, most in zip(self.least, self.most, strict=True)]
@@ -129,11 +147,18 @@ class Search:
             if self.found is None and self._heap:
                 self._step()
 
-    def front(self, step_bytes: int) -> Iterator[StagePlan]:
-        """The best, then the best with a peak lower by at least ``step_bytes``, and so on. Uses the search up."""
+    def front(self, step_bytes: int, known: Sequence[tuple[int, int]] = ()) -> Iterator[StagePlan]:
+        """The best, then the best with a peak lower by at least ``step_bytes``, and so on. Uses the search up.
+
+        Args:
+            known: (value, peak) of plans that count for more: nothing is looked for that takes neither less.
+        """
         while self._heap:
             self.found = None
             while self.found is None and self._heap:
+                beaten = [peak for value, peak in known if value <= self._heap[0][0]]
+                if beaten and (self._most_bytes is None or min(beaten) <= self._most_bytes):
+                    self._most_bytes = min(beaten) - 1
                 self._step()
             if self.found is not None:
                 box = heapq.heappop(self._heap)[2]
@@ -147,8 +172,9 @@ class Search:
         if not isinstance(box, _Box):
             for root in roots(box, self._placement, self._limits):
                 self._consider(root.box(self._placement), bound)
-        elif self._most_bytes is not None and box.least_peak_bytes > self._most_bytes:
-            return  # the front goes on below
+        elif self._most_bytes is not None and (lower := box.below(self._most_bytes)) is not box:  # the front
+            if lower is not None:
+                self._consider(lower, bound)
         elif cut is not None:
             heapq.heappush(self._heap, (max(bound, self._timed(box.root, cut)), order, box, None))
         elif box.is_point:
@@ -161,7 +187,7 @@ class Search:
     def _consider(self, box: _Box, floor: int) -> None:
         cut = _best_cut(box, self._limits)
         if cut is not None:
-            self._push(max(floor, self._value_of(box.root, cut, cut.least_ns)), box, cut)
+            self._push(max(floor, self._value_of(box.root, cut, cut.least_ns)), box.trimmed(cut), cut)
 
     def _push(self, bound: int, box: _Box | Sequence[Variant], cut: _Cut | None = None) -> None:
         heapq.heappush(self._heap, (bound, self._pushed, box, cut))
@@ -213,8 +239,14 @@ def _best_cut(box: _Box, limits: Limits) -> _Cut | None:
         if many < few or box.least[2] > ram - few:
             return None  # more resident, or pinned, than in memory
     pinned, ring = min(many + box.most[2], ram), 0
-    if root.others != "ram" and not blocks.on_host:
-        ring = root.slots * blocks.largest_streamed[many]
+    if not blocks.on_host:
+        ring = root.slots * blocks.largest_streamed[many] if root.others != "ram" else 0
+        room = room_bytes(work, limits.ram_bytes) - ring
+        ram = min(ram, bisect_right(sums, sums[many] + room) - 1)
+        pinned = min(pinned, ram, bisect_right(sums, sums[many] + min(room, limits.pinnable_bytes - ring)) - 1)
+        if ram < sure:
+            return None
+        pinned = max(pinned, many)
     least_pinned = sums[many + pins] - sums[many] if few == many else pins * blocks.smallest
     largest = blocks.largest_resident[few]
     if not blocks.on_host:
@@ -239,19 +271,15 @@ def roots(family: Sequence[Variant], placement: StreamFrom, limits: Limits) -> I
 
     Smaller chunks only save memory: of a later variant, only what does not fit in an earlier one.
     """
-    taken: set[tuple[int, Others, bool, int]] = set()
+    taken: dict[tuple[int, Others, bool], set[int]] = {}
     for variant in family:
         kinds = [(variant.blocks, cut) for cut in cuts(variant.blocks, placement)]
         kinds += [(variant.spread_blocks, cut) for _, cut in kinds if cut[0] in SPREAD_SLOTS and cut[1] == "either"]
         for blocks, (slots, others, numbers) in kinds:
-            is_spread = blocks is not variant.blocks
-            fitting = [
-                resident
-                for resident in numbers
-                if (slots, others, is_spread, resident) not in taken
-                and blocks.fits(resident, slots, others == "ram", limits)
-            ]
-            taken.update((slots, others, is_spread, resident) for resident in fitting)
+            before = taken.setdefault((slots, others, blocks is not variant.blocks), set())
+            fitting = blocks.fitting(numbers, slots, others == "ram", limits)
+            fitting = [resident for resident in fitting if resident not in before]
+            before.update(fitting)
             if fitting:
                 yield _Root(blocks, slots, tuple(fitting), others)
 

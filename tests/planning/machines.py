@@ -11,6 +11,7 @@ from lowmem_flux2.planning.hardware import Hardware, load_profile
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.planner import make_plan
+from lowmem_flux2.planning.references import Reference
 from lowmem_flux2.planning.selection import Selection, with_ram_for
 from lowmem_flux2.planning.sources import shipped_configs
 from lowmem_flux2.planning.support import EVERYTHING, Support
@@ -37,10 +38,18 @@ def machine(profile: str, ram_gib: int | None = None) -> Hardware:
     return hardware if ram_gib is None else with_ram_for(hardware, ram_gib * GIB)
 
 
-def work(name: str, px: int = 1024, images: int = 1, prompts: int = 1, steps: int | None = None) -> Workload:
+def work(
+    name: str, px: int = 1024, images: int = 1, prompts: int = 1, steps: int | None = None, references: int = 0
+) -> Workload:
     model = spec(name)
     request = make_request(
-        model, ("x",) * prompts, width=px, height=px, num_images_per_prompt=images, num_inference_steps=steps
+        model,
+        ("x",) * prompts,
+        width=px,
+        height=px,
+        num_images_per_prompt=images,
+        num_inference_steps=steps,
+        references=(Reference("picture", 1024, 768),) * references,
     )
     return workload_of(request, model)
 

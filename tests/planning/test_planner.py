@@ -199,7 +199,7 @@ GROWS = (
     st.sampled_from([*MODELS, KLEIN_BASE]),
     MACHINES,
     st.sampled_from([512, 1024, 1536]),
-    st.integers(1, 3),
+    st.tuples(st.integers(1, 3), st.integers(1, 2), st.sampled_from([None, 1, 12]), st.sampled_from([0, 0, 1, 4])),
     st.integers(30, 240),
     st.integers(10, 640),
     st.sampled_from(GROWS),
@@ -210,15 +210,18 @@ def test_a_better_machine_never_gives_a_worse_plan(
     name: str,
     profile: str,
     px: int,
-    images: int,
+    counts: tuple[int, int, int | None, int],
     vram_tenths_gib: int,
     ram_tenths_gib: int,
     what: str,
     factor: float,
     prefer: Preference,
 ) -> None:
-    """More memory or bandwidth, by any amount: the plan's own objective never rates it worse, exactly."""
-    model, workload = spec(name), work(name, px, images)
+    """More memory or bandwidth, by any amount: the plan's own objective never rates it worse, exactly.
+
+    ``counts``: images, prompts, steps, reference images.
+    """
+    model, workload = spec(name), work(name, px, *counts)
 
     def rated(grown: float) -> tuple[float, ...]:
         vram, ram = (tenths * GIB // 10 for tenths in (vram_tenths_gib, ram_tenths_gib))

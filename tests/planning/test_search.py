@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from machines import DEV, KLEIN_4B, machine, plan_for, spec, work
 
 from lowmem_flux2.planning.candidates import Job, fits
+from lowmem_flux2.planning.cost import device_bytes, device_room_bytes, device_total_bytes
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.objective import effort, effort_of, time_then_effort, time_then_effort_of
@@ -77,6 +78,19 @@ def test_it_finds_the_best_of_all(job: Job, by_time: bool) -> None:
     chosen = job.priced(stage)
     assert fits(chosen, job.limits)
     assert value_of(chosen) == found.bound == min(map(value_of, fitting))
+
+
+@settings(deadline=None, max_examples=60)
+@given(jobs(), st.integers(0, 6 * 2**30))
+def test_what_fits_the_device_is_what_the_sum_of_its_parts_says(job: Job, most_bytes: int) -> None:
+    for family in job.families("denoise")[:4]:
+        work = family[0].work
+        room = device_room_bytes(work, most_bytes)
+        for held in (0, 1, 10**9, max(room - 1, 0), max(room, 0), max(room + 1, 0), max(room + 2, 0)):
+            for gpu in (0, held // 3, held):
+                total = sum(device_bytes(work, gpu, held - gpu))
+                assert device_total_bytes(work, held) == total
+                assert (total <= most_bytes) == (held <= room)
 
 
 @settings(deadline=None, max_examples=60)
