@@ -84,7 +84,11 @@ class DoesNotFit(LowMemFlux2Error):
         ]
         if self.closest:
             lines.append("What would fit:")
-            lines += [f"  {line}" for line in self.closest]
+            for (
+                line
+            ) in self.closest:  # notes below a command, not behind it: not every shell takes comments when pasted
+                command, _, notes = line.partition("   # ")
+                lines += [f"  {command}", *([f"      {notes}"] if notes else [])]
         super().__init__("\n".join(lines))
 
 

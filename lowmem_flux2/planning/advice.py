@@ -36,7 +36,8 @@ def closest_fits(
     most: Limits | None = None,
     support: Support = SUPPORTED,
 ) -> tuple[str, ...]:
-    """Up to three commands that would fit, the smallest change first, each another plan; never empty while any fits.
+    """Up to three commands that would fit, the smallest change first, each a change of another kind (a smaller picture,
+    more VRAM, a smaller model); never empty while any fits.
 
     What this version can carry out comes before what it cannot.
 
@@ -46,8 +47,11 @@ def closest_fits(
     """
     found: list[str] = []
     later: list[str] = []
-    seen = set()
-    for change in _changes(Change(model, workload, hardware, _whole_mib(selection)), profile, most):
+    seen, kinds = set(), set()
+    asked = Change(model, workload, hardware, _whole_mib(selection))
+    for change in _changes(asked, profile, most):
+        if (kind := change.kind(asked)) in kinds:
+            continue
         with suppress(DoesNotFit, UsageError):
             plan = change.plan(profile, support)
             same = (plan.model, plan.workload, *map(format_bytes, (plan.peak_vram_bytes, plan.peak_ram_bytes)))
@@ -59,6 +63,8 @@ def closest_fits(
                 notes.insert(0, f"{format_bytes(plan.peak_vram_bytes)} VRAM")
             if plan.not_executable:
                 notes.append(f"not in this version: {', '.join(plan.not_executable)}")
+            else:
+                kinds.add(kind)
             (later if plan.not_executable else found).append(f"{change.command(profile)}   # {', '.join(notes)}")
         if len(found) == MOST:
             break
@@ -80,7 +86,7 @@ def _changes(asked: Change, profile: str, most: Limits | None) -> Iterator[Chang
     yield free.with_one_image()
     yield free.with_short_text()
     models = [free.with_model(name) for name in MODEL_NAMES if name != EMBEDDED]
-    others = [other for other in models if _smaller(other, free)]
+    others = sorted((other for other in models if _smaller(other, free)), key=_size)
     yield from others
     for one in (free, *others):
         least = one.with_one_image().with_short_text()
@@ -93,8 +99,13 @@ def _changes(asked: Change, profile: str, most: Limits | None) -> Iterator[Chang
 
 def _smaller(other: Change, one: Change) -> bool:
     """Fewer weights, or as many in fewer guidance passes."""
-    sizes = ((change.model.transformer.total_weights, change.workload.guidance_passes) for change in (other, one))
-    return next(sizes) < next(sizes)
+    (weights, passes), (its_weights, its_passes) = _size(other), _size(one)
+    return (-weights, passes) < (-its_weights, its_passes)
+
+
+def _size(one: Change) -> tuple[int, int]:
+    """In this order the largest model is first, and of two alike the one with fewer guidance passes."""
+    return -one.model.transformer.total_weights, one.workload.guidance_passes
 
 
 def _sizes(one: Change) -> Iterator[Change]:

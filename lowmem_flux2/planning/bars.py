@@ -6,13 +6,11 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 
 from lowmem_flux2.planning.cost import READ_BUFFER_BYTES
-from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
-from lowmem_flux2.planning.passages import passages
 from lowmem_flux2.planning.plan import Placement, Plan, StagePlan
-from lowmem_flux2.planning.stage_work import StageWork, stage_work
+from lowmem_flux2.planning.stage_work import stage_work
 from lowmem_flux2.planning.step_caches import OFF
-from lowmem_flux2.planning.timeline import ROUNDS_SIMULATED, Span, simulate
+from lowmem_flux2.planning.waits import steady_round
 from lowmem_flux2.units import GIB, format_seconds
 
 BAR_WIDTH = 32
@@ -79,7 +77,7 @@ def step_lanes(plan: Plan, model: ModelSpec) -> list[str]:
         return []
     stage, hardware = plan.stage("denoise"), plan.hardware
     work = stage_work(stage, model, plan.workload, hardware)
-    spans, start, end = _steady_round(stage, work, hardware)
+    spans, start, end, waits = steady_round(stage, work, hardware)
     length = end - start
     batches = -(-plan.workload.num_images // stage.batch_size)
     passes = f" of each of {batches} batches" if batches > 1 else ""
@@ -100,29 +98,14 @@ def step_lanes(plan: Plan, model: ModelSpec) -> list[str]:
         if total:
             share = f"{format_seconds(total / 1e9)} {total / length:4.0%}"
             lines.append(f"{name:8}|{_lane(cut, start, end, mark)}| {share}")
-    waiting = stage.cost.waiting_s / work.rounds
-    if length - sum(work.compute_ns) - work.between_ns > 0.02 * length:
-        who = {"link": "copies", "disk": "the disk"}.get(stage.cost.bottleneck, "copies that start too late to hide")
-        lines.append(f"{'':8} compute waits {format_seconds(waiting)} a step for {who}")
+    if sum(waits.values()) > 0.02 * length:
+        whom = ", ".join(
+            f"{format_seconds(idle / 1e9)} for {who}" for who, idle in waits.items() if idle > 0.002 * length
+        )
+        lines.append(f"{'':8} compute waits: {whom}{'; with one slot nothing comes ahead' if stage.slots == 1 else ''}")
     else:
         lines.append(f"{'':8} nothing waits: copies hide behind compute")
     return lines
-
-
-def _steady_round(stage: StagePlan, work: StageWork, hardware: Hardware) -> tuple[list[Span], int, int]:
-    """All spans, and when a round begins and ends in which copies for the next one are already made."""
-    spans: list[Span] = []
-    rounds = min(work.rounds, ROUNDS_SIMULATED + 1)
-    line = simulate(
-        passages(stage, work.block_bytes, hardware, work.file_ratio),
-        work.compute_ns,
-        work.between_ns,
-        stage.slots,
-        rounds,
-        spans,
-    )
-    drawn = max(rounds - 1, 1)
-    return spans, line.total_ns(drawn - 1), line.total_ns(drawn)
 
 
 def _lane(busy: Iterable[tuple[float, float]], start: int, end: int, mark: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lowmem_flux2.planning.configs import spec_from_configs
@@ -70,6 +70,18 @@ class Change:
             upsample_temperature=self.workload.upsample_temperature if model.form == "dev" else None,
         )
         return replace(self, model=model, workload=workload)
+
+    def kind(self, asked: Change) -> tuple[int, frozenset[str]]:
+        """The model's size, and what is another than ``asked``, whatever its value."""
+        pairs = ((self.workload, asked.workload), (self.selection, asked.selection))
+        different = {
+            field.name
+            for mine, its in pairs
+            for field in fields(mine)
+            if getattr(mine, field.name) != getattr(its, field.name)
+        }
+        passes = {"steps", "guidance_passes"} if self.model.name != asked.model.name else set()
+        return self.model.transformer.total_weights, frozenset(different - passes)
 
     def command(self, profile: str) -> str:
         """What plans just this on the command line; prompts apart, as only their number matters."""

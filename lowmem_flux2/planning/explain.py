@@ -107,8 +107,8 @@ def _stages(plan: Plan) -> Table:
         if plan.is_cached(stage):
             counts = "from the prompt cache"
         options = [f"tiles {stage.tile_px} px"] if stage.tile_px else []
-        options += [f"chunks of {stage.chunk_tokens}"] if stage.chunk_tokens else []
-        options += [f"cache {stage.step_cache}"] if stage.step_cache != "off" else []
+        options += [f"chunks {stage.chunk_tokens}"] if stage.chunk_tokens else []
+        options += ["cache"] if stage.step_cache != "off" else []
         table.add_row(
             stage.stage,
             stage.weight_format,

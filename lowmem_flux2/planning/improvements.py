@@ -71,7 +71,8 @@ def _smaller(plan: Plan, asked: Change, support: Support) -> Iterator[str]:
     sides = [side for side in SIDES_PX if side * side < work.width * work.height][:1]
     encode, denoise = plan.stage("encode"), plan.stage("denoise")
     same = asked.with_choice("weight_format", denoise.weight_format)
-    same = same.with_choice("text_weight_format", encode.weight_format)
+    if all(stage.weight_format == encode.weight_format for stage in plan.stages if stage.stage == "upsample"):
+        same = same.with_choice("text_weight_format", encode.weight_format)
     for other in _planned([same.smaller(side) for side in sides], plan, support):
         streamed = other.stage("denoise").streamed
         held = "" if streamed == plan.stage("denoise").streamed else f", {streamed} blocks streamed"
@@ -87,11 +88,12 @@ def _preferences(plan: Plan, asked: Change, support: Support) -> Iterator[str]:
 
 def _gain(plan: Plan, other: Plan) -> str:
     """What is different: formats, and seconds a step or of the run."""
-    named: tuple[Stage, ...] = ("denoise", "encode")
+    names: dict[Stage, str] = {"denoise": "", "encode": "text encoder ", "upsample": "caption upsampling "}
+    planned = {stage.stage for stage in plan.stages}
     words = [
-        f"{'text encoder ' if its.stage == 'encode' else ''}{its.weight_format} instead of {mine.weight_format}"
-        for mine, its in ((plan.stage(name), other.stage(name)) for name in named)
-        if mine.weight_format != its.weight_format
+        f"{words}{other.stage(name).weight_format} instead of {plan.stage(name).weight_format}"
+        for name, words in names.items()
+        if name in planned and plan.stage(name).weight_format != other.stage(name).weight_format
     ]
     mine_s, its_s = (each.stage("denoise").cost.run_s / each.workload.steps for each in (plan, other))
     if abs(its_s - mine_s) >= WORTH * mine_s:

@@ -9,13 +9,13 @@ from typing import NamedTuple
 from lowmem_flux2.planning.candidates import Job, Least, fits
 from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.plan import ONE_BY_ONE, Limits, Placement, StagePlan
+from lowmem_flux2.planning.stage_work import stage_work
 from lowmem_flux2.planning.step_caches import AUTO, FirstBlock, automatic, fidelity_of_cache, parse_step_cache
+from lowmem_flux2.planning.waits import steady_round
 from lowmem_flux2.units import format_bytes, format_seconds
 
 HIDDEN_SHARE = 0.02
 """Copies count as hidden where compute waits for them for less than this share of the run."""
-WAITS_FOR = {"compute": "copies", "link": "the link", "disk": "the disk", "load": "copies"}
-"""What compute waits for, by the stage's bottleneck."""
 
 
 class Finer(NamedTuple):
@@ -33,10 +33,11 @@ def reasons_of(chosen: StagePlan, job: Job, finer: Finer | None) -> tuple[str, .
 
 
 def _formats(chosen: StagePlan, job: Job, finer: Finer | None) -> Iterator[str]:
-    """Each more faithful format that does not fit, and the next one that does."""
+    """Each more faithful format that does not fit, and the next one that does; where memory decides, all that fit."""
     if chosen.stage in ONE_BY_ONE:
         return
     prefer = job.selection.prefer
+    larger: dict[str, str] = {}
     for name in dict.fromkeys(family[0].bare.weight_format for family in job.families(chosen.stage)):
         if FORMATS[name].weight_error >= FORMATS[chosen.weight_format].weight_error:
             continue
@@ -46,12 +47,13 @@ def _formats(chosen: StagePlan, job: Job, finer: Finer | None) -> Iterator[str]:
             yield f"not {name}: {shortfall(closest, job.limits)}"
         elif prefer == "memory":
             vram, ram, _ = min(need for need in job.least(chosen.stage, families) if need.fits(job.limits))
-            least = f"{format_bytes(ram)} RAM" if chosen.cost.on_host else f"{format_bytes(vram)} VRAM"
-            yield f"not {name}: {least} against {peak(chosen)}, prefer memory"
+            larger[name] = format_bytes(ram if chosen.cost.on_host else vram)
         elif finer is not None and finer.weight_format == name:
             least = "" if finer.is_exact else "no less than "
             times = f"{least}{format_seconds(finer.time_s)} against {format_seconds(chosen.cost.time_s)}"
             yield f"not {name}: {times}, prefer {prefer}"
+    if larger:
+        yield f"not {', '.join(larger)}: {', '.join(larger.values())} against {peak(chosen)}, prefer memory"
 
 
 def _placements(chosen: StagePlan, job: Job) -> Iterator[str]:
@@ -68,7 +70,7 @@ def _placements(chosen: StagePlan, job: Job) -> Iterator[str]:
     )
     whole = job.priced(replace(chosen, block_placements=(Placement.GPU,) * total, slots=0, prefetch_depth=0))
     if not fits(whole, job.limits):
-        yield f"{text}: all resident does not fit {_budget(chosen, job.limits)}"
+        yield f"{text}: all do not fit {_budget(chosen, job.limits)}"
     elif job.selection.prefer == "memory":
         yield f"{text}: prefer memory"
     elif job.selection.placement != "auto":
@@ -80,7 +82,9 @@ def _placements(chosen: StagePlan, job: Job) -> Iterator[str]:
         yield "copies hide behind compute"
     else:
         waits = format_seconds(chosen.cost.waiting_s)
-        yield f"compute waits {waits} ({share:.0%}) for {WAITS_FOR[chosen.cost.bottleneck]}"
+        work = stage_work(chosen, job.model, job.workload, job.hardware)
+        for_whom = next(iter(steady_round(chosen, work, job.hardware).waits_ns), "copies")
+        yield f"compute waits {waits} ({share:.0%}), most for {for_whom}"
 
 
 def _step_cache(chosen: StagePlan, job: Job) -> Iterator[str]:
@@ -98,7 +102,7 @@ def _step_cache(chosen: StagePlan, job: Job) -> Iterator[str]:
         return
     assumed = ", as is assumed" if isinstance(cache, FirstBlock) else ""
     error, provenance = fidelity_of_cache(cache, steps)
-    yield f"step cache {cache.kind} computes {computed} of {steps} steps{assumed}; error {error:.2g}, {provenance}"
+    yield f"step cache {cache} computes {computed} of {steps} steps{assumed}; error {error:.2g}, {provenance}"
 
 
 def _chunks(chosen: StagePlan, job: Job) -> Iterator[str]:
@@ -107,7 +111,7 @@ def _chunks(chosen: StagePlan, job: Job) -> Iterator[str]:
     whole = job.priced(replace(chosen, chunk_tokens=0)).cost.activation_bytes
     live = format_bytes(chosen.cost.activation_bytes)
     words = f"chunks of {chosen.chunk_tokens} tokens: activations of {live} against {format_bytes(whole)} in one piece"
-    yield words if chosen.cost.on_host else f"{words}; a GPU may round differently, which is not measured yet"
+    yield words if chosen.cost.on_host else f"{words}; a GPU may round differently (not measured)"
 
 
 def _tiles(chosen: StagePlan, job: Job) -> Iterator[str]:

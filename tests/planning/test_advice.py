@@ -2,72 +2,38 @@
 
 from __future__ import annotations
 
-import argparse
+import json
 import shlex
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import loras
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from machines import DEV, KLEIN_4B, KLEIN_9B, KLEIN_BASE, machine, spec
+from typer.testing import CliRunner
 
+from lowmem_flux2.cli import app
 from lowmem_flux2.errors import DoesNotFit
 from lowmem_flux2.planning.advice import MOST, closest_fits
 from lowmem_flux2.planning.hardware import Hardware
-from lowmem_flux2.planning.job import plan_job, resolve_machine
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.planner import Selection, make_plan
 from lowmem_flux2.planning.selection import with_ram_for
-from lowmem_flux2.planning.sources import resolve_model
 from lowmem_flux2.planning.workload import make_request, workload_of
 from lowmem_flux2.units import MIB, parse_bytes
 
 
 def planned(command: str) -> Plan:
-    """The plan of a ``lowmem-flux2 plan`` command line, by the path that the command takes."""
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("program")
-    parser.add_argument("verb", choices=["plan"])
-    parser.add_argument("-m", required=True)
-    parser.add_argument("--profile", required=True)
-    parser.add_argument("--device", default="auto")
-    for flag in ("-W", "-H", "--steps", "--max-sequence-length"):
-        parser.add_argument(flag, type=int)
-    parser.add_argument("--num-images", type=int, default=1)
-    parser.add_argument("--guidance", type=float)
-    parser.add_argument("--max-vram", type=parse_bytes)
-    parser.add_argument("--max-ram", type=parse_bytes)
-    parser.add_argument("--prefer", default="balanced")
-    parser.add_argument("--dtype", default="auto")
-    for flag in ("--weight-format", "--text-weight-format", "--placement", "--vae-tile", "--step-cache"):
-        parser.add_argument(flag, default="auto")
-    parser.add_argument("--batch-size", type=int, default=0)
-    asked = parser.parse_args(shlex.split(command, comments=True))
-    source = resolve_model(asked.m, offline=True)
-    request = make_request(
-        source.spec,
-        ("x",),
-        width=asked.W,
-        height=asked.H,
-        num_inference_steps=asked.steps,
-        guidance_scale=asked.guidance,
-        num_images_per_prompt=asked.num_images,
-        max_sequence_length=asked.max_sequence_length,
-    )
-    selection = Selection(
-        prefer=asked.prefer,
-        weight_format=asked.weight_format,
-        text_weight_format=asked.text_weight_format,
-        dtype=asked.dtype,
-        placement=asked.placement,
-        vae_tile=asked.vae_tile,
-        step_cache=asked.step_cache,
-        batch_size=asked.batch_size,
-        max_vram_bytes=asked.max_vram,
-        max_ram_bytes=asked.max_ram,
-    )
-    return plan_job(source, resolve_machine(asked.profile, asked.device, asked.max_ram), request, selection)
+    """The plan of a ``lowmem-flux2 plan`` command, by the command line itself."""
+    words = shlex.split(command, comments=True)
+    assert words[:2] == ["lowmem-flux2", "plan"]
+    ran = CliRunner().invoke(app, [*words[1:], "--json"])
+    if ran.exception is not None:
+        raise ran.exception
+    return Plan.from_json(json.loads(ran.stdout), command)
 
 
 CASES = [
@@ -81,6 +47,13 @@ CASES = [
     (KLEIN_BASE, "rtx-3060-12gb", "--max-vram 1GiB --guidance 1 --max-sequence-length 256 --prefer speed"),
     (KLEIN_4B, "cpu", "--max-ram 900MiB"),
     (DEV, "cpu", "--max-ram 600MiB --dtype fp32"),
+    (DEV, "rtx-3060-12gb", "--max-vram 2GiB --image 1024x1024 --image 640x480 --step-cache taylor:interval=2"),
+    (DEV, "rtx-2060-6gb", "--max-ram 1GiB --caption-upsample 0.15 --image 1024x768 -W 512 -H 512"),
+    (
+        KLEIN_BASE,
+        "rtx-4060-8gb",
+        "--max-vram 1GiB --num-images 4 --batch-size 4 --step-cache first-block:threshold=0.1",
+    ),
 ]
 
 
@@ -95,7 +68,30 @@ def test_every_command_that_is_offered_fits(model: str, profile: str, flags: str
         plan = planned(command)
         assert f"{plan.peak_ram_bytes / (1 << 30):.2f} GiB RAM" in command or "MiB RAM" in command
         assert ("not in this version" in command) == bool(plan.not_executable)
-        assert command in str(caught.value)
+        assert all(part in str(caught.value) for part in command.split("   # "))
+
+
+def test_of_each_kind_of_change_only_the_smallest_is_offered() -> None:
+    with pytest.raises(DoesNotFit) as caught:
+        planned(f"lowmem-flux2 plan -m {DEV} --profile rtx-3060-12gb --max-vram 2GiB --image 1024x1024")
+    first, second, third = caught.value.closest
+    assert "--max-vram 3GiB" in first
+    assert f"-m {KLEIN_9B} " in second  # the largest of the smaller models
+    assert f"-m {KLEIN_4B} " in third
+
+
+def test_a_lora_is_in_what_is_offered(tmp_path: Path) -> None:
+    """A file whose name the shell would take apart."""
+    pair = ["transformer_blocks.0.attn.to_q"]
+    made = loras.factors(spec(DEV).transformer, pair, rank=1)
+    lora = loras.write(tmp_path / "my lora.safetensors", loras.diffusers_keys(made))
+    quoted = shlex.quote(f"{lora}:0.5")
+    with pytest.raises(DoesNotFit) as caught:
+        planned(f"lowmem-flux2 plan -m {DEV} --profile rtx-3060-12gb --max-vram 1GiB --lora {quoted}")
+    assert caught.value.closest
+    for command in caught.value.closest:
+        plan = planned(command)
+        assert plan.model != DEV or [adapter.scale for adapter in plan.workload.adapters] == [0.5]
 
 
 def test_too_little_ram_for_dev_is_named_with_what_would_fit() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from io import StringIO
 
@@ -16,7 +17,9 @@ from lowmem_flux2.planning.improvements import improvements_of
 from lowmem_flux2.planning.plan import Limits, Placement, Plan
 from lowmem_flux2.planning.planner import make_plan
 from lowmem_flux2.planning.selection import Selection
+from lowmem_flux2.planning.stage_work import stage_work
 from lowmem_flux2.planning.support import EVERYTHING
+from lowmem_flux2.planning.waits import steady_round
 from lowmem_flux2.units import GIB, format_seconds
 
 
@@ -53,6 +56,17 @@ def test_it_is_one_screen_of_40_lines_and_100_columns(profile: str, ram_gib: int
         assert all(len(line) <= 100 for line in lines)
         bars = [line for line in lines if line.count("|") == 2]
         assert len(bars) >= (6 if profile != "cpu" else 3)  # none is broken over two lines
+
+
+@pytest.mark.parametrize("prefer", ["balanced", "memory"])
+def test_with_everything_asked_for_it_is_no_more_than_52_lines(prefer: str) -> None:
+    """Five stages, two reference images, four images in batches, chunks, a cache with a long name."""
+    model, selection = spec(DEV), Selection(prefer=prefer, step_cache="taylor:interval=3,order=2")  # type: ignore[arg-type]
+    workload = replace(work(DEV, 1024, 4, references=2), upsample_temperature=0.15)
+    plan = make_plan(model, workload, machine("rtx-2060-6gb", 16), selection, profile="rtx-2060-6gb")
+    lines = shown(plan, 100, improvements_of(plan, model, selection)).splitlines()
+    assert len(lines) <= 52
+    assert "…" not in "".join(lines)
 
 
 @pytest.mark.parametrize("profile", ["rtx-3060-12gb", "cpu"])
@@ -120,8 +134,20 @@ def test_a_disk_that_is_too_slow_is_waited_for() -> None:
     drawn, words = lanes(plan), step_lanes(plan, spec(DEV))
     assert drawn["disk"].count("▒") > 0.8 * LANE_WIDTH
     assert 0.2 * LANE_WIDTH < drawn["compute"].count("█") < 0.8 * LANE_WIDTH
-    waits = plan.stage("denoise").cost.waiting_s / plan.workload.steps
-    assert words[-1].strip() == f"compute waits {format_seconds(waits)} a step for the disk"
+    assert re.fullmatch(r"compute waits: [\d.]+ s for the disk, [\d.]+ s for copies", words[-1].strip())
+
+
+@pytest.mark.parametrize(("profile", "ram_gib"), [("rtx-4090-24gb", 16), ("rtx-2060-6gb", 16), ("cpu", 8)])
+def test_the_waits_are_all_of_a_round_that_computes_nothing(profile: str, ram_gib: int) -> None:
+    plan = plan_for(DEV, profile, ram_gib, selection=Selection(prefer="quality"))
+    for name in ("encode", "denoise"):
+        stage = plan.stage(name)  # type: ignore[arg-type]
+        work = stage_work(stage, spec(DEV), plan.workload, plan.hardware)
+        drawn = steady_round(stage, work, plan.hardware)
+        idle = drawn.end - drawn.start - sum(work.compute_ns) - work.between_ns
+        assert sum(drawn.waits_ns.values()) == pytest.approx(idle, abs=1)
+        if profile != "cpu":
+            assert next(iter(drawn.waits_ns)) == "the disk"
 
 
 def test_the_lanes_are_as_busy_as_the_cost_says() -> None:
@@ -204,7 +230,7 @@ def reasons(plan: Plan, stage: str) -> str:
 
 def test_streaming_says_what_does_not_fit_and_whether_it_is_hidden() -> None:
     slow = reasons(plan_for(DEV, "rtx-3060-12gb", 96), "denoise")
-    assert "all resident does not fit the 11.55 GiB VRAM budget" in slow
+    assert "all do not fit the 11.55 GiB VRAM budget" in slow
     assert "copies hide behind compute" in slow
     whole = Selection(weight_format="bf16")
     assert "compute waits" in reasons(plan_for(DEV, "rtx-4090-24gb", 16, selection=whole), "denoise")
