@@ -70,7 +70,7 @@ def _placements(chosen: StagePlan, job: Job) -> Iterator[str]:
     )
     whole = job.priced(replace(chosen, block_placements=(Placement.GPU,) * total, slots=0, prefetch_depth=0))
     if not fits(whole, job.limits):
-        yield f"{text}: all do not fit {_budget(chosen, job.limits)}"
+        yield f"{text}: not all fit {_budget(chosen, job.limits)}"
     elif job.selection.prefer == "memory":
         yield f"{text}: prefer memory"
     elif job.selection.placement != "auto":

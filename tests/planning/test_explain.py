@@ -230,7 +230,7 @@ def reasons(plan: Plan, stage: str) -> str:
 
 def test_streaming_says_what_does_not_fit_and_whether_it_is_hidden() -> None:
     slow = reasons(plan_for(DEV, "rtx-3060-12gb", 96), "denoise")
-    assert "all do not fit the 11.55 GiB VRAM budget" in slow
+    assert "not all fit the 11.55 GiB VRAM budget" in slow
     assert "copies hide behind compute" in slow
     whole = Selection(weight_format="bf16")
     assert "compute waits" in reasons(plan_for(DEV, "rtx-4090-24gb", 16, selection=whole), "denoise")
