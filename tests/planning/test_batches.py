@@ -21,6 +21,7 @@ from lowmem_flux2.planning.batches import (
 from lowmem_flux2.planning.cost import stage_cost
 from lowmem_flux2.planning.plan import Placement, StagePlan
 from lowmem_flux2.planning.selection import Selection
+from lowmem_flux2.units import GIB
 
 BF16 = 2
 
@@ -33,6 +34,20 @@ def test_the_sizes_that_are_priced_are_those_of_the_batches(prompts: int, size: 
     encoded = batches + (list(dict.fromkeys(negatives_of(batches, None))) if two_passes else [])
     workload = replace(work(KLEIN_BASE, prompts=prompts), guidance_passes=1 + two_passes)
     assert sorted(batch_sizes(workload, size)) == sorted(len(batch) for batch in encoded)
+
+
+@pytest.mark.parametrize(("name", "px", "vram_gib"), [(DEV, 512, 12), (DEV, 1024, 12), (KLEIN_4B, 512, 6)])
+def test_where_speed_is_preferred_no_other_batch_size_is_faster(name: str, px: int, vram_gib: int) -> None:
+    """Larger batches share the weights' way to the card, and leave less room for resident blocks."""
+    fixed = Selection(prefer="speed", max_vram_bytes=vram_gib * GIB)
+    times = {
+        size: plan_for(name, "rtx-3060-12gb", 32, px=px, images=8, selection=replace(fixed, batch_size=size))
+        .stage("denoise")
+        .cost.time_s
+        for size in (0, 1, 2, 4, 8)
+    }
+    assert times[0] <= min(times[1], times[2], times[4], times[8]) + 1e-6
+    assert times[1] > times[0]
 
 
 @given(size=st.integers(1, 64), tokens=st.integers(1, 2048))
