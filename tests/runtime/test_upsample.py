@@ -215,15 +215,19 @@ def test_encoding_takes_the_whole_encoders_store(tiny_dev: Path, tmp_path: Path)
     assert torch.equal(*latents)
 
 
-def test_live_bytes_are_as_predicted(folder: Path, tiny_dev: Path) -> None:
+@pytest.mark.parametrize("weight_format", ["bf16", "int8", "int4"])
+def test_live_bytes_are_as_predicted(weight_format: str, folder: Path, tiny_dev: Path, tmp_path: Path) -> None:
     spec = resolve_model(str(tiny_dev)).spec
     spec = replace(spec, text_encoder=replace(spec.text_encoder, num_layers=LAYERS))
     request = make_request(spec, tuple(PROMPTS), height=64, width=64, caption_upsample_temperature=0.5)
-    stage = replace(StagePlan.bare("upsample", "bf16", "bf16"), batch_size=2)
+    stage = replace(StagePlan.bare("upsample", weight_format, "bf16"), batch_size=2)
     stage = replace(stage, block_placements=(Placement.GPU,) * LAYERS)
     work = stage_work(stage, spec, workload_of(request, spec), resolve_machine("cpu", "cpu").hardware)
+    cache = tmp_path if weight_format != "bf16" else None
+    if cache is not None:
+        prepare(folder, spec_of(folder), "whole_text_encoder", weight_format, "bf16", cache)
     with LiveBytes() as live:
-        upsampled(folder, (Placement.GPU,), "bf16", 0.5, 1)
+        upsampled(folder, (Placement.GPU,), "bf16", 0.5, 1, None, weight_format, cache)
     predicted = work.kept_bytes + sum(work.block_bytes) + work.activation_bytes
     assert predicted == pytest.approx(live.peak_bytes["cpu"], rel=0.03)
 
