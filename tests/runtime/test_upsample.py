@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import single_files
 import tiny
 import torch
 from PIL import Image
@@ -147,7 +148,8 @@ def spec_of(folder: Path) -> ModelSpec:
 
 
 def noise(width: int, height: int) -> Image.Image:
-    return Image.effect_noise((width, height), 60).convert("RGB")
+    drawn = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(drawn)
 
 
 @contextmanager
@@ -197,6 +199,16 @@ def test_a_quantized_encoder_writes_the_same_wherever_it_is(weight_format: str, 
     made = upsampled(folder, (Placement.GPU,), *asked)
     assert made == upsampled(folder, tuple(Placement), *asked)
     assert all(made)
+
+
+def test_a_checkpoint_in_four_bits_writes_as_its_decoded_reference(folder: Path, tmp_path: Path) -> None:
+    quantized, decoded = single_files.write_bnb(tmp_path, folder, "nf4", nested=True)
+    asked = ((Placement.DISK,), "fp32", 1.0, 3, noise(64, 64))
+    with first_scores() as scores:
+        made = upsampled(quantized, *asked)
+    with first_scores() as expected:
+        assert made == upsampled(decoded, *asked)
+    assert torch.equal(scores[0], expected[0])
 
 
 def test_encoding_takes_the_whole_encoders_store(tiny_dev: Path, tmp_path: Path) -> None:
