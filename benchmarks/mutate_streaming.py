@@ -1,10 +1,10 @@
 """Is each wait of the streamer needed, and would a test say so? Break them one at a time and see.
 
-    python benchmarks/mutate_streaming.py --out benchmarks/results
+    python benchmarks/mutate_streaming.py --out benchmarks/results    # --resume: what was caught is not run again
 
 For every mutation below, a copy of the package in a temporary folder has one piece of source replaced, and the
 streaming tests run against the copy until one fails. Prints the test that caught each, records them in
-mutations-streaming.json, and exits with 1 if one survived. Takes about ten seconds a mutation.
+mutations-streaming.json after each, and exits with 1 if one survived. Takes about ten seconds a mutation.
 """
 
 from __future__ import annotations
@@ -337,7 +337,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for mutations-streaming.json")
     parser.add_argument("--only", default="", help="only mutations whose name contains this")
+    parser.add_argument("--resume", action="store_true", help="keep what the file in --out has of mutations caught")
     args = parser.parse_args()
+    record: Path | None = args.out / "mutations-streaming.json" if args.out else None
+    if args.resume and (record is None or not record.exists()):
+        parser.error("--resume goes on with a mutations-streaming.json in --out: there is none")
+    kept = {
+        each["mutation"]: each
+        for each in (json.loads(record.read_text())["results"] if args.resume and record else ())
+        if each["caught_by"] or "equivalent" in each
+    }
     results: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder)
@@ -347,7 +356,7 @@ def main() -> None:
         if failed:
             raise SystemExit(f"the tests fail without any mutation: {failed}")
         for mutation in MUTATIONS:
-            if args.only not in mutation.name:
+            if args.only not in mutation.name or mutation.name in kept:
                 continue
             path = package / "lowmem_flux2" / "runtime" / mutation.file
             source = path.read_text()
@@ -360,17 +369,30 @@ def main() -> None:
             results.append({"mutation": mutation.name, "file": mutation.file, "caught_by": caught_by or None})
             if mutation.equivalent:
                 results[-1]["equivalent"] = mutation.equivalent
-    survivors = [each["mutation"] for each in results if not each["caught_by"] and "equivalent" not in each]
-    figures = {
+            if record is not None:
+                write(record, [*kept.values(), *results])
+    figures = summary([*kept.values(), *results])
+    print(json.dumps(figures))
+    raise SystemExit(1 if figures["survivors"] else 0)
+
+
+def summary(results: list[dict[str, object]]) -> dict[str, object]:
+    """How many ran, which survived without an excuse, and which are yet to run."""
+    names = {each["mutation"] for each in results}
+    return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "mutations": len(results),
-        "survivors": survivors,
+        "survivors": [each["mutation"] for each in results if not each["caught_by"] and "equivalent" not in each],
+        "not_run": [each.name for each in MUTATIONS if each.name not in names],
     }
-    print(json.dumps(figures))
-    if args.out and not args.only:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "mutations-streaming.json").write_text(json.dumps(figures | {"results": results}, indent=2) + "\n")
-    raise SystemExit(1 if survivors else 0)
+
+
+def write(record: Path, results: list[dict[str, object]]) -> None:
+    """All results, in the order of ``MUTATIONS``."""
+    order: dict[object, int] = {mutation.name: number for number, mutation in enumerate(MUTATIONS)}
+    results = sorted((each for each in results if each["mutation"] in order), key=lambda each: order[each["mutation"]])
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(summary(results) | {"results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
