@@ -66,12 +66,15 @@ def batch_request(
     seed: int | None,
     options: dict[str, str],
     cache: Path | None = None,
+    *,
+    to_plan: bool = False,
 ) -> BatchRequest:
     """Read the prompt file and resolve what each of its lines asks for.
 
     Args:
         options: more that was typed and decides the pictures, for the manifest.
         cache: the cache folder.
+        to_plan: nothing is made of it, so that sizes may stand for reference images.
 
     Raises:
         UsageError: a line that cannot be honoured: file, line and why.
@@ -83,7 +86,9 @@ def batch_request(
     for members in _written_alike([each.line for each in located]):
         first = located[members[0]]
         try:
-            asked = resolve(_with_line(flags, first.line), fit, selection, (first.line.prompt,), cache=cache)
+            line = _with_line(flags, first.line)
+            stand_in = "(no prompt)" if to_plan else ""
+            asked = resolve(line, fit, selection, (first.line.prompt,), without_prompt=stand_in, cache=cache)
         except UsageError as error:
             if first.where == "-p" or all(getattr(first.line, key) is None for key in _OVERRIDES):
                 raise
@@ -102,7 +107,8 @@ def batch_request(
             groups.append(AskedGroup(replace(asked, request=replace(asked.request, prompts=prompts)), part))
     lines = tuple(each.line for each in located)
     options = {**_options(flags, selection, seed), "device": groups[0].asked.machine.hardware.device, **options}
-    options |= _references(groups)
+    if not to_plan:
+        options |= _references(groups)
     batch = BatchRequest(lines, tuple(groups), (), options)
     return replace(batch, seeds=_seeds(batch, located, seed))
 

@@ -186,28 +186,9 @@ def plan(
         profiles = list_profiles() if fit.profile == "auto" else [fit.profile]
         sys.stdout.write(document(profiles, [flags.model] if flags.model else MODELS))
         return
-    from lowmem_flux2 import arguments, preparing
-    from lowmem_flux2.planning.job import plan_job
+    from lowmem_flux2.planned import print_plans
 
-    prompts = arguments.read_prompts(flags.prompt, flags.prompt_file)
-    asked = arguments.resolve(
-        flags, fit, arguments.selection_of(fit), prompts, without_prompt="(no prompt)", cache=cache_dir
-    )
-    prepared = preparing.prepared_of(asked.source, preparing.cache_of(cache_dir))
-    made = plan_job(asked.source, asked.machine, asked.request, asked.selection, prepared=prepared)
-    from lowmem_flux2.planning.alternatives import alternatives_of, shown
-
-    beside = alternatives_of(made, asked.source.spec, asked.selection) if pareto else None
-    if as_json:
-        found = beside.to_json() if beside is not None else {}
-        sys.stdout.write(json.dumps(made.to_json() | found, indent=2) + "\n")
-        return
-    from lowmem_flux2.planning.explain import explain
-    from lowmem_flux2.planning.improvements import improvements_of
-
-    out.print(explain(made, asked.source.spec, improvements_of(made, asked.source.spec, asked.selection)))
-    if beside is not None:
-        out.print(shown(beside))
+    print_plans(flags, fit, cache_dir, out, as_json=as_json, pareto=pareto)
 
 
 @app.command()

@@ -205,6 +205,20 @@ def test_a_plan_explains_itself_on_one_screen(run: Run, monkeypatch: pytest.Monk
     assert "not taken" in run(*arguments, "--pareto").out
 
 
+def test_lines_of_a_prompt_file_are_planned_as_they_are_made(run: Run) -> None:
+    lines = [{"prompt": "a"}, {"prompt": "b", "width": 128, "height": 128}, {"prompt": "c", "seed": 3}]
+    Path("lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    ran = run("plan", "--prompt-file", "lines.jsonl")
+    assert ran.code == 0, ran
+    assert "1 of 2: 2 lines" in ran.out and "2 of 2: 1 line of" in ran.out
+    assert "2 images of 64x64" in ran.out and "1 image of 128x128" in ran.out
+    plans = json.loads(run("plan", "--prompt-file", "lines.jsonl", "--json").out)
+    assert [plan["workload"]["num_prompts"] for plan in plans] == [2, 1]
+    Path("lines.txt").write_text("a\nb\n")
+    (single,) = [json.loads(run("plan", "--prompt-file", "lines.txt", "--image", "64x64", "--json").out)]
+    assert single["workload"]["num_prompts"] == 2
+
+
 def test_a_table_of_plans_for_one_card_and_model(run: Run) -> None:
     ran = run("plan", "--table", "--profile", "rtx-4090-24gb", "-m", "flux2-klein-4b")
     assert ran.code == 0
