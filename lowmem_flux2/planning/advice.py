@@ -35,6 +35,7 @@ def closest_fits(
     *,
     most: Limits | None = None,
     support: Support = SUPPORTED,
+    words: tuple[str, ...] = (),
 ) -> tuple[str, ...]:
     """Up to three commands that would fit, the smallest change first, each a change of another kind (a smaller picture,
     more VRAM, a smaller model); never empty while any fits.
@@ -44,11 +45,12 @@ def closest_fits(
     Args:
         profile: what ``--profile`` was given; ``auto`` means that the hardware is this machine's and cannot grow.
         most: what is free here, where the job is to run here: no larger cap is offered.
+        words: name the model on a command line (see ``Change``).
     """
     found: list[str] = []
     later: list[str] = []
     seen, kinds = set(), set()
-    asked = Change(model, workload, hardware, _whole_mib(selection))
+    asked = Change(model, workload, hardware, _whole_mib(selection), words)
     for change in _changes(asked, profile, most):
         if (kind := change.kind(asked)) in kinds:
             continue

@@ -23,12 +23,16 @@ DETECTED = "auto"
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A job with something done differently."""
+    """A job with something done differently.
+
+    ``words`` name the model on a command line; left empty, ``-m`` and its source.
+    """
 
     model: ModelSpec
     workload: Workload
     hardware: Hardware
     selection: Selection
+    words: tuple[str, ...] = ()
 
     def smaller(self, side: int) -> Change:
         tokens = (side // self.model.size_multiple) ** 2
@@ -69,7 +73,7 @@ class Change:
             adapters=(),
             upsample_temperature=self.workload.upsample_temperature if model.form == "dev" else None,
         )
-        return replace(self, model=model, workload=workload)
+        return replace(self, model=model, workload=workload, words=())
 
     def kind(self, asked: Change) -> tuple[int, frozenset[str]]:
         """The model's size, and what is another than ``asked``, whatever its value."""
@@ -87,7 +91,7 @@ class Change:
         """What plans just this on the command line; prompts apart, as only their number matters."""
         work, defaults, selection = self.workload, self.model.defaults, self.selection
         width, height = work.references[0] if work.references else (defaults.width, defaults.height)
-        words = ["lowmem-flux2", "plan", "-m", self.model.source, "--profile", profile]
+        words = ["lowmem-flux2", "plan", *(self.words or ("-m", self.model.source)), "--profile", profile]
         if self.hardware.device == "cpu" and profile == DETECTED:
             words += ["--device", "cpu"]
         for flag, value, default in (

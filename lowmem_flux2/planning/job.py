@@ -124,9 +124,24 @@ def plan_job(
             closest = () if machine.hardware.device == "cpu" else ("the same command with --device cpu",)
         else:
             closest = closest_fits(
-                source.spec, workload, machine.hardware, selection, machine.argument, most=most, support=support
+                source.spec,
+                workload,
+                machine.hardware,
+                selection,
+                machine.argument,
+                most=most,
+                support=support,
+                words=_words(source),
             )
         raise DoesNotFit(error.stage, error.resource, error.needed_bytes, error.available_bytes, closest) from None
+
+
+def _words(source: ModelSource) -> tuple[str, ...]:
+    """What names this model on a command line: a single file with its parts, a hub model with its revision."""
+    if (single := source.single) is not None:
+        return "-m", str(single.file), "--text-encoder", single.text_encoder, "--vae", single.vae
+    revision = () if source.revision is None else ("--revision", source.revision)
+    return "-m", source.spec.source, *revision
 
 
 def free_vram_bytes(device: str, cards: Sequence[NvmlCard] | None = None) -> int | None:

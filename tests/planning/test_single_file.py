@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from math import prod
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from lowmem_flux2.errors import CheckpointBroken, CheckpointMissing, UsageError
+from lowmem_flux2.cli import app
+from lowmem_flux2.errors import CheckpointBroken, CheckpointMissing, DoesNotFit, UsageError
 from lowmem_flux2.planning import sources
 from lowmem_flux2.planning.models import TransformerSpec
 from lowmem_flux2.planning.sources import resolve_model, shipped_configs
@@ -88,6 +91,18 @@ def test_a_released_model_needs_nothing_else(name: str, prefix: str, tmp_path: P
 def test_a_base_model_is_told_by_its_text_encoder(tmp_path: Path) -> None:
     file = write(tmp_path / "x.safetensors", full_size("flux2-klein-4b"))
     assert not resolve_model(str(file), text_encoder="flux2-klein-base-4b", offline=True).spec.is_distilled
+
+
+def test_what_would_fit_names_the_file_and_its_parts(tmp_path: Path) -> None:
+    """Without its text encoder a base model would be planned as the distilled one."""
+    file = write(tmp_path / "my model.safetensors", full_size("flux2-klein-4b"))
+    typed = ["plan", "-m", str(file), "--text-encoder", "flux2-klein-base-4b", "--profile", "rtx-3060-12gb"]
+    refused = CliRunner().invoke(app, [*typed, "--max-ram", "900MiB", "--offline"])
+    assert isinstance(refused.exception, DoesNotFit)
+    command = shlex.split(refused.exception.closest[0], comments=True)
+    assert command[3] == str(file)
+    done = CliRunner().invoke(app, [*command[1:], "--json", "--offline"])
+    assert json.loads(done.stdout)["workload"]["guidance_passes"] == 2
 
 
 def test_the_encoder_of_another_size_is_refused_by_width(tmp_path: Path) -> None:
