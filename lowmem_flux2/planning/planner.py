@@ -33,7 +33,7 @@ from lowmem_flux2.planning.selection import Selection, StreamFrom, check_selecti
 from lowmem_flux2.planning.support import EVERYTHING, SUPPORTED, Support
 from lowmem_flux2.planning.workload import Workload
 
-FINER_STEPS = 200
+FINER_STEPS = 100
 """Where speed is preferred, what a more faithful format would take is not worked out to the end: it is a lot of work,
 as many of its plans take all but the same time."""
 
