@@ -71,6 +71,39 @@ def test_every_command_that_is_offered_fits(model: str, profile: str, flags: str
         assert all(part in str(caught.value) for part in command.split("   # "))
 
 
+@settings(deadline=None, max_examples=12)
+@given(
+    st.sampled_from([DEV, KLEIN_9B, KLEIN_4B, KLEIN_BASE]),
+    st.sampled_from(["rtx-2060-6gb", "rtx-3060-12gb", "rtx-4090-24gb"]),
+    st.sampled_from(["--max-vram", "--max-ram"]),
+    st.integers(600, 1500),
+    st.lists(
+        st.sampled_from(
+            [
+                "--image 1024x1024",
+                "--image 640x480",
+                "-W 2048 -H 1024",
+                "--num-images 4",
+                "--batch-size 2",
+                "--step-cache taylor:interval=2",
+                "--prefer speed",
+                "--vae-tile 512",
+                "--text-weight-format int8",
+            ]
+        ),
+        max_size=3,
+        unique_by=lambda flag: flag.split()[0],
+    ),
+)
+def test_pasted_each_of_them_plans(model: str, profile: str, cap: str, mib: int, more: list[str]) -> None:
+    try:
+        planned(f"lowmem-flux2 plan -m {model} --profile {profile} {cap} {mib}MiB {' '.join(more)}")
+    except DoesNotFit as error:
+        assert error.closest
+        for command in error.closest:
+            assert not planned(command).not_executable
+
+
 def test_of_each_kind_of_change_only_the_smallest_is_offered() -> None:
     with pytest.raises(DoesNotFit) as caught:
         planned(f"lowmem-flux2 plan -m {DEV} --profile rtx-3060-12gb --max-vram 2GiB --image 1024x1024")
