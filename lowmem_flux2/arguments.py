@@ -73,6 +73,7 @@ def resolve(
         offline=flags.offline,
         text_encoder=flags.text_encoder,
         vae=flags.vae,
+        tokenizer=flags.tokenizer,
         cache=cache,
     )
     out_layers = _layers(flags.text_encoder_out_layers)
@@ -173,7 +174,7 @@ def words_to_go_on(context: Context, *, decodes: bool) -> tuple[str, ...]:
         decodes: for the command that decodes denoised latents, as against one that takes steps before.
     """
     left_out = IN_THE_FILE | NOT_AGAIN | (OF_STEPS if decodes else OF_DECODING)
-    if context.params["text_encoder"] or context.params["vae"]:  # which go with a single file
+    if any(context.params[part] for part in ("text_encoder", "vae", "tokenizer")):  # which go with a single file
         left_out -= {"model"}
     words: list[str] = []
     for parameter in context.command.params:
@@ -209,11 +210,11 @@ def check_all_is_in_the_file(flags: RequestFlags, selection: Selection, seed: in
     Raises:
         UsageError: a flag about what is done already.
     """
-    asked = replace(flags, model=None, text_encoder=None, vae=None, offline=False) != RequestFlags()
+    asked = replace(flags, model=None, text_encoder=None, vae=None, tokenizer=None, offline=False) != RequestFlags()
     if asked or seed is not None or plan is not None:
         raise UsageError(
             "--from-latents: prompt, seed, size, steps and guidance are the file's: leave out --plan and all flags "
-            "about what to draw but -m, --text-encoder, --vae and --offline"
+            "about what to draw but -m, --text-encoder, --vae, --tokenizer and --offline"
         )
     open_to_choice = replace(
         selection, prefer="balanced", dtype="auto", vae_tile="auto", max_vram_bytes=None, max_ram_bytes=None

@@ -98,7 +98,7 @@ def generate(
             from lowmem_flux2.generating import Output, Parts, go_on
 
             written = Output(pattern, report, save_latents, not no_metadata, quiet, out, err, goes_on, decodes, again)
-            parts = Parts(flags.model, flags.text_encoder, flags.vae, cache_dir)
+            parts = Parts(flags.model, flags.text_encoder, flags.vae, flags.tokenizer, cache_dir)
             go_on(from_latents, parts, machine, selection, running(machine), written, dry_run)
         return
     if flags.prompt_file is not None:
@@ -227,6 +227,7 @@ def prepare(
     model: opt.Model = None,
     text_encoder: opt.TextEncoder = None,
     vae: opt.Vae = None,
+    tokenizer: opt.Tokenizer = None,
     weight_format: Annotated[
         str,
         typer.Option("--weight-format", help="int8 (serves w8a8 too), int6, fp8, nf4 (needs bitsandbytes) or int4."),
@@ -267,7 +268,13 @@ def prepare(
         out.print(f"removed {remove}", soft_wrap=True)
     else:
         source = resolve_model(
-            model or EMBEDDED, revision=revision, offline=offline, text_encoder=text_encoder, vae=vae, cache=cache_dir
+            model or EMBEDDED,
+            revision=revision,
+            offline=offline,
+            text_encoder=text_encoder,
+            vae=vae,
+            tokenizer=tokenizer,
+            cache=cache_dir,
         )
         machine = resolve_machine("auto", device)
         with _interruptible():

@@ -19,6 +19,7 @@ class RequestFlags:
     model: opt.Model = None
     text_encoder: opt.TextEncoder = None
     vae: opt.Vae = None
+    tokenizer: opt.Tokenizer = None
     width: opt.Width = None
     height: opt.Height = None
     steps: opt.Steps = None

@@ -167,6 +167,7 @@ class Parts:
     model: str | None = None
     text_encoder: str | None = None
     vae: str | None = None
+    tokenizer: str | None = None
     cache: Path | None = None
 
     def resolve(self, origin: Origin, offline: bool) -> ModelSource:
@@ -176,6 +177,7 @@ class Parts:
             offline=offline,
             text_encoder=self.text_encoder,
             vae=self.vae,
+            tokenizer=self.tokenizer,
             cache=self.cache,
         )
 

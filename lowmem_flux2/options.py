@@ -68,13 +68,21 @@ Model = Annotated[
 TextEncoder = Annotated[
     str | None,
     typer.Option(
-        help="For a model that is a single file: a folder, name or hub id with its text encoder. Default: the released "
-        "model of the file's shape.",
+        help="For a model that is a single file: a file, folder, name or hub id with its text encoder. Default: the "
+        "released model of the file's shape.",
         rich_help_panel=ASK,
     ),
 ]
 Vae = Annotated[
     str | None, typer.Option(help="The same for its VAE. Default: as the text encoder.", rich_help_panel=ASK)
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        help="For a text encoder that is a file: a folder, name or hub id with its tokenizer. Default: the one beside "
+        "that file, else the released model's.",
+        rich_help_panel=ASK,
+    ),
 ]
 Width = Annotated[
     int | None,

@@ -51,7 +51,7 @@ def test_they_are_parsed_into_what_was_typed(words: list[str], decodes: bool) ->
     again = parsed(list(words_to_go_on(begun, decodes=decodes)))
     for name in PARAMETERS:
         kept = name not in GROUPS or name in (OF_DECODING if decodes else OF_STEPS)
-        kept |= name == "model" and bool(begun.params["text_encoder"] or begun.params["vae"])
+        kept |= name == "model" and any(begun.params[part] for part in ("text_encoder", "vae", "tokenizer"))
         expected = begun.params.get(str(name)) if kept else parsed([]).params.get(str(name))
         assert again.params.get(str(name)) == expected, name
 
@@ -61,6 +61,17 @@ def test_every_flag_is_thought_of() -> None:
     assert set(PARAMETERS) >= GROUPS
     taken = {name for name in PARAMETERS if name not in GROUPS | {"help"}}
     assert taken == {
-        *("text_encoder", "vae", "offline", "profile", "device", "max_vram", "max_ram", "report", "no_metadata"),
+        *(
+            "text_encoder",
+            "vae",
+            "tokenizer",
+            "offline",
+            "profile",
+            "device",
+            "max_vram",
+            "max_ram",
+            "report",
+            "no_metadata",
+        ),
         *("quiet", "cache_dir", "prompt_cache", "no_prepare", "allow_format_change"),
     }

@@ -175,7 +175,8 @@ def _formats(job: Job, stage: Stage, fixed: str, dtype: str) -> list[str]:
     Raises:
         UsageError: the checkpoint's own quantized blocks are asked for, and it has none.
     """
-    has_packed = stage == "denoise" and bool(job.model.transformer.packed)
+    packed_of = {"denoise": job.model.transformer.packed, "encode": job.model.text_encoder.packed}
+    has_packed = bool(packed_of.get(stage))
     if fixed == GGUF and not has_packed:
         part = "transformer" if stage == "denoise" else "text encoder"
         raise UsageError(f"weight format {GGUF}: the {part} of {job.model.name} is not a GGUF file")

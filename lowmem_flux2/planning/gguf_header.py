@@ -6,6 +6,7 @@ numpy and a quarter of a second, which planning does not spend; tests compare bo
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Mapping
 from math import prod
@@ -17,8 +18,11 @@ from lowmem_flux2.errors import CheckpointBroken, CheckpointMissing
 from lowmem_flux2.planning.headers import FileHeader, TensorInfo
 
 MAGIC: Final = b"GGUF"
-ARCHITECTURES: Final = ("flux", "flux2")
+_TRANSFORMERS: Final = ("flux", "flux2")
 """``general.architecture`` of files with a FLUX transformer; which FLUX it is, the tensors tell."""
+INTERLEAVED: Final = ("llama", "mistral3")
+"""Of text encoders whose query and key rows llama.cpp's rotary embedding wants in pairs; Mistral Small 3 is either."""
+_ARCHITECTURES: Final = (*_TRANSFORMERS, "qwen3", *INTERLEAVED)
 PLAIN_TYPES: Final = ("F32", "F16", "BF16")
 BLOCKS: Final[Mapping[str, tuple[int, int]]] = {
     **{"Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34)},
@@ -53,7 +57,8 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_gguf_header(path: Path) -> FileHeader:
-    """Read and check the header of one GGUF file with a FLUX transformer. Shapes are in torch's order: rows first.
+    """Read and check the header of a GGUF file with a transformer or text encoder. Shapes are in torch's order: rows
+    first.
 
     Raises:
         CheckpointMissing: there is no such file.
@@ -67,6 +72,16 @@ def read_gguf_header(path: Path) -> FileHeader:
         raise CheckpointMissing(f"{path} does not exist or is not a file") from error
     except OSError as error:
         raise CheckpointBroken(f"{path} cannot be read: {error}") from error
+
+
+def head_dim_of(metadata: Mapping[str, Any]) -> int | None:
+    """Rows of a head in a text encoder's file; None where it does not tell."""
+    architecture = metadata.get("general.architecture")
+    stated = metadata.get(f"{architecture}.attention.key_length")
+    width, heads = (metadata.get(f"{architecture}.{key}") for key in ("embedding_length", "attention.head_count"))
+    if stated is None and isinstance(width, int) and isinstance(heads, int) and heads > 0:
+        stated = width // heads
+    return stated if isinstance(stated, int) and stated > 0 else None
 
 
 class _Reader:
@@ -92,14 +107,29 @@ class _Reader:
         return self.bytes(length).decode("utf-8", errors="replace")
 
     def value(self, kind: int) -> Any:
+        """A number or a text; None for a list, such as the vocabulary, which is passed over."""
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
         if kind == _STRING:
             return self.text()
         if kind == _ARRAY:
             element, count = self.number("I"), self.number("Q")
-            return [self.value(element) for _ in range(min(count, self._left + 1))]  # longer: ends in 'truncated'
+            if element in _SCALARS:
+                self._pass(count * struct.calcsize(f"<{_SCALARS[element]}"))
+            elif element == _STRING:
+                for _ in range(count):  # one too long ends in 'truncated'
+                    self._pass(self.number("Q"))
+            else:
+                for _ in range(count):
+                    self.value(element)
+            return None
         raise CheckpointBroken(f"{self.path}: a value of the unknown type {kind} in its header")
+
+    def _pass(self, count: int) -> None:
+        if count > self._left:
+            raise CheckpointBroken(f"{self.path} is truncated: its header goes beyond its end: {_REDOWNLOAD}")
+        self._file.seek(count, os.SEEK_CUR)
+        self._left -= count
 
     @property
     def position(self) -> int:
@@ -117,12 +147,17 @@ def _parse(reader: _Reader, file_bytes: int) -> FileHeader:
     fields = {}
     for _ in range(values):
         key = reader.text()
-        fields[key] = reader.value(reader.number("I"))
+        if (value := reader.value(reader.number("I"))) is not None:
+            fields[key] = value
     architecture = fields.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    if architecture not in _ARCHITECTURES:
         raise CheckpointBroken(
-            f"{path}: its GGUF architecture is {architecture!r}; read here are transformers of FLUX.2, "
-            f"{' or '.join(map(repr, ARCHITECTURES))}"
+            f"{path}: its GGUF architecture is {architecture!r}; read here are transformers of FLUX.2 "
+            f"({', '.join(_TRANSFORMERS)}) and its text encoders (qwen3, {', '.join(INTERLEAVED)})"
+        )
+    if fields.get("split.count", 1) not in (0, 1):
+        raise CheckpointBroken(
+            f"{path} is one of {fields['split.count']} files: join them with llama.cpp's `llama-gguf-split --merge`"
         )
     held = [_tensor(reader) for _ in range(tensors)]
     alignment = fields.get("general.alignment", _DEFAULT_ALIGNMENT)
@@ -137,7 +172,7 @@ def _parse(reader: _Reader, file_bytes: int) -> FileHeader:
         raise CheckpointBroken(
             f"{path} is truncated: its header describes {end} bytes, the file has {file_bytes}: {_REDOWNLOAD}"
         )
-    return FileHeader(path, file_bytes, data_begin, MappingProxyType(found))
+    return FileHeader(path, file_bytes, data_begin, MappingProxyType(found), MappingProxyType(fields))
 
 
 def _tensor(reader: _Reader) -> tuple[str, TensorInfo]:

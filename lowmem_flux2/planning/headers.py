@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -55,12 +55,17 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class FileHeader:
-    """What one file holds, safetensors or GGUF. A tensor's first byte is at ``data_begin + tensor.begin`` of it."""
+    """What one file holds, safetensors or GGUF. A tensor's first byte is at ``data_begin + tensor.begin`` of it.
+
+    Attributes:
+        metadata: a GGUF file's numbers and texts, without its lists; of a safetensors file nothing.
+    """
 
     path: Path
     file_bytes: int
     data_begin: int
     tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_header(path: Path) -> FileHeader:

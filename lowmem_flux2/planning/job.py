@@ -139,7 +139,8 @@ def plan_job(
 def _words(source: ModelSource) -> tuple[str, ...]:
     """What names this model on a command line: a single file with its parts, a hub model with its revision."""
     if (single := source.single) is not None:
-        return "-m", str(single.file), "--text-encoder", single.text_encoder, "--vae", single.vae
+        tokenizer = () if single.tokenizer is None else ("--tokenizer", single.tokenizer)
+        return "-m", str(single.file), "--text-encoder", single.text_encoder, "--vae", single.vae, *tokenizer
     revision = () if source.revision is None else ("--revision", source.revision)
     return "-m", source.spec.source, *revision
 

@@ -57,14 +57,6 @@ _SWAPPED: Final = "final_layer.adaLN_modulation.1"
 _BLOCK: Final = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)")
 
 
-def without_prefix(name: str) -> str:
-    """The name without ComfyUI's prefix."""
-    for prefix in PREFIXES:
-        if name.startswith(prefix):
-            return name.removeprefix(prefix)
-    return name
-
-
 def is_bfl(names: Mapping[str, object]) -> bool:
     """Whether tensors of these names, without prefix, are in BFL's layout of FLUX.2."""
     return "img_in.weight" in names or any(_BLOCK.match(name) for name in names)

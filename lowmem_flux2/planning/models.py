@@ -73,6 +73,12 @@ class BlockSpec:
         return self.linear_weights + self.other_weights
 
 
+def _as_packed(blocks: tuple[BlockSpec, ...], packed: tuple[tuple[int, ...], ...]) -> tuple[BlockSpec, ...]:
+    if not packed:
+        return blocks
+    return tuple(replace(block, packed=held) for block, held in zip(blocks, packed, strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class TransformerSpec:
     """Shape of a Flux2Transformer2DModel. No Linear in it has a bias.
@@ -121,9 +127,7 @@ class TransformerSpec:
     def blocks(self) -> tuple[BlockSpec, ...]:
         """All blocks in the order in which a step runs them: double, then single."""
         alike = (self.double_block,) * self.num_double + (self.single_block,) * self.num_single
-        if not self.packed:
-            return alike
-        return tuple(replace(block, packed=packed) for block, packed in zip(alike, self.packed, strict=True))
+        return _as_packed(alike, self.packed)
 
     @property
     def conditioning_weights(self) -> int:
@@ -187,6 +191,7 @@ class TextEncoderSpec:
         out_layers: tapped hidden states; their concatenation is the transformer's text input.
         vision: what sees pictures, in no count here; None without it.
         attention_bias: whether q, k, v and o carry biases (no released encoder has them).
+        packed: ``BlockSpec.packed`` of each used layer, where the weights are in a GGUF file.
     """
 
     architecture: Architecture
@@ -201,6 +206,7 @@ class TextEncoderSpec:
     tie_word_embeddings: bool
     vision: VisionSpec | None = None
     attention_bias: bool = False
+    packed: tuple[tuple[int, ...], ...] = ()
 
     @property
     def layers_used(self) -> int:
@@ -219,7 +225,7 @@ class TextEncoderSpec:
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:
         """The used layers only."""
-        return (self.layer,) * self.layers_used
+        return _as_packed((self.layer,) * self.layers_used, self.packed)
 
     @property
     def embedding_weights(self) -> int:

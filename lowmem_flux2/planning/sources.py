@@ -10,17 +10,17 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
-from lowmem_flux2.errors import CheckpointAccess, CheckpointBroken, CheckpointError, CheckpointMissing, UsageError
-from lowmem_flux2.planning.configs import CONFIG_FILES, OWN_CONFIG_FILE, read_configs, spec_from_configs
+from lowmem_flux2.errors import CheckpointBroken, CheckpointMissing, UsageError
+from lowmem_flux2.planning.configs import CONFIG_FILES, read_configs, spec_from_configs
+from lowmem_flux2.planning.hub import cached_snapshot, download_configs
 from lowmem_flux2.planning.models import Component, ModelSpec
-from lowmem_flux2.planning.stored import model_view, packed_blocks
+from lowmem_flux2.planning.stored import model_view, packed_blocks, packed_layers
 from lowmem_flux2.planning.weight_files import ComponentWeights, check_component
 
 SourceKind = Literal["embedded", "local", "hub"]
@@ -55,9 +55,10 @@ TOKENIZER_FILES: Final = ("tokenizer/tokenizer.json", "tokenizer/tokenizer_confi
 """A folder that lacks one of them cannot run, whatever its weights."""
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]*\w")
-_NO_TOKEN: Final = "log in with `hf auth login` (or set HF_TOKEN)"
-_HTTP_CLIENTS: Final = ("httpx", "httpx2", "httpcore")  # their errors pass through huggingface_hub unwrapped
-_LOCAL_HINT: Final = "give a folder that holds the model instead: -m /path/to/model"
+
+
+SinglePart = Literal["text_encoder", "vae", "tokenizer"]
+"""What goes with a transformer's file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class Missing:
     """A part of a single-file model that is still to be fetched from the hub."""
 
     repo_id: str
-    component: Component
+    part: SinglePart
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ class SingleFile:
     file: Path
     text_encoder: str
     vae: str
+    tokenizer: str | None
     cache: Path | None
     missing: tuple[Missing, ...]
 
@@ -118,6 +120,7 @@ def resolve_model(
     offline: bool = False,
     text_encoder: str | None = None,
     vae: str | None = None,
+    tokenizer: str | None = None,
     cache: Path | None = None,
 ) -> ModelSource:
     """Find a model and build its spec; reads configs and safetensors headers only.
@@ -128,8 +131,10 @@ def resolve_model(
         cache_dir: the *hub's* cache folder; None is huggingface_hub's own default.
         revision: branch, tag or commit on the hub.
         offline: never touch the network (also when HF_HUB_OFFLINE is set).
-        text_encoder, vae: for a single file: a folder, a name of `MODEL_NAMES` or a hub id that has them; None takes
-            those of the released model of the file's shape.
+        text_encoder, vae: for a single file: a file, a folder, a name of `MODEL_NAMES` or a hub id that has them; None
+            takes those of the released model of the file's shape.
+        tokenizer: for a single file whose text encoder is one too: a folder, name or hub id; None takes the one beside
+            that file, else that of the released model.
         cache: our own cache folder, where a single file and its parts are linked into one folder.
 
     Raises:
@@ -142,9 +147,11 @@ def resolve_model(
     if name not in MODEL_NAMES and path.is_file():
         from lowmem_flux2.planning.single_file import resolve_file  # it stands above this module
 
-        return resolve_file(path, text_encoder, vae, cache=cache, hub_cache=cache_dir, offline=offline)
-    if text_encoder is not None or vae is not None:
-        raise UsageError(f"--text-encoder and --vae go with a model that is a single file; {model} has its own")
+        return resolve_file(path, text_encoder, vae, tokenizer, cache=cache, hub_cache=cache_dir, offline=offline)
+    if any(part is not None for part in (text_encoder, vae, tokenizer)):
+        raise UsageError(
+            f"--text-encoder, --vae and --tokenizer go with a model that is a single file; {model} has its own"
+        )
     if model == EMBEDDED:
         folder = ASSETS / EMBEDDED
         if not folder.is_dir():
@@ -206,23 +213,6 @@ def shipped_configs(name: str) -> dict[str, Mapping[str, Any]]:
     return {**configs, "model_index": {**configs["model_index"], "is_distilled": alias.is_distilled}}
 
 
-@contextmanager
-def hub_client(offline: bool) -> Iterator[bool]:
-    """Use the hub's client in this block; yields whether it must stay offline.
-
-    ``local_files_only`` alone does not keep it from the network: huggingface_hub 2.4 still asks the hub for a list by
-    which it tells who calls. Its own switch does, which is read from HF_HUB_OFFLINE once, when it is imported.
-    """
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or offline
-    try:
-        yield constants.HF_HUB_OFFLINE
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
 def _from_folder(folder: Path, name: str, kind: SourceKind, source: str) -> ModelSource:
     if not (folder / CONFIG_FILES["model_index"]).is_file():
         single = next(iter(sorted((*folder.glob("*.safetensors"), *folder.glob("*.gguf")))), None)
@@ -246,9 +236,11 @@ def check_folder(folder: Path, spec: ModelSpec, source: str) -> ModelSpec:
     """
     check_tokenizer(folder, source)
     found = check_weights(folder, spec)
+    text = found["text_encoder"]
     return replace(
         as_stored(spec, found["transformer"]),
-        text_stored_dtype=found["text_encoder"].stored_dtype,
+        text_encoder=replace(spec.text_encoder, packed=packed_layers(model_view(text.headers), spec.text_encoder)),
+        text_stored_dtype=text.stored_dtype,
         vae_stored_dtype=found["vae"].stored_dtype,
     )
 
@@ -270,18 +262,18 @@ def hub_configs(
     name = _SYNONYMS.get(model, model)
     if name in _ALIASES:
         repo_id = _ALIASES[name].repo_id
-        return repo_id, shipped_configs(name), _snapshot(repo_id, cache_dir, None)
+        return repo_id, shipped_configs(name), cached_snapshot(repo_id, cache_dir, None)
     if not (_HUB_ID.fullmatch(model) and model.count("/") == 1):
         return None
-    snapshot = _snapshot(model, cache_dir, None)
+    snapshot = cached_snapshot(model, cache_dir, None)
     if snapshot is None or not all((snapshot / file).is_file() for file in CONFIG_FILES.values()):
-        snapshot = _download_configs(model, cache_dir, None, offline)
+        snapshot = download_configs(model, cache_dir, None, offline)
     return model, read_configs(snapshot, model), snapshot
 
 
 def _from_alias(name: str, cache_dir: Path | None, revision: str | None) -> ModelSource:
     repo_id = _ALIASES[name].repo_id
-    snapshot = _snapshot(repo_id, cache_dir, revision)
+    snapshot = cached_snapshot(repo_id, cache_dir, revision)
     if snapshot is not None and (found := _from_snapshot(snapshot, name, repo_id, revision)) is not None:
         return found
     spec = spec_from_configs(name, name, shipped_configs(name))
@@ -289,9 +281,9 @@ def _from_alias(name: str, cache_dir: Path | None, revision: str | None) -> Mode
 
 
 def _from_hub(repo_id: str, cache_dir: Path | None, revision: str | None, offline: bool) -> ModelSource:
-    snapshot = _snapshot(repo_id, cache_dir, revision)
+    snapshot = cached_snapshot(repo_id, cache_dir, revision)
     if snapshot is None or not all((snapshot / file).is_file() for file in CONFIG_FILES.values()):
-        snapshot = _download_configs(repo_id, cache_dir, revision, offline)
+        snapshot = download_configs(repo_id, cache_dir, revision, offline)
     found = _from_snapshot(snapshot, repo_id, repo_id, revision)
     if found is not None:
         return found
@@ -307,94 +299,3 @@ def _from_snapshot(snapshot: Path, name: str, repo_id: str, revision: str | None
     except CheckpointMissing:
         return None
     return ModelSource(name, "hub", snapshot, repo_id, revision, spec, snapshot)
-
-
-def _snapshot(repo_id: str, cache_dir: Path | None, revision: str | None) -> Path | None:
-    """Folder of the repository's snapshot in the local hub cache, without touching the network."""
-    if cache_dir is None:
-        from huggingface_hub.constants import HF_HUB_CACHE
-
-        cache_dir = Path(HF_HUB_CACHE)
-    # Looked up by hand first: importing the hub's client takes a quarter of a second, and most often nothing is there.
-    if not (cache_dir / f"models--{repo_id.replace('/', '--')}").is_dir():
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    index = try_to_load_from_cache(repo_id, CONFIG_FILES["model_index"], cache_dir=cache_dir, revision=revision)
-    return Path(index).parent if isinstance(index, str) else None
-
-
-def _download_configs(repo_id: str, cache_dir: Path | None, revision: str | None, offline: bool) -> Path:
-    """Fetch a repository's small JSON files into the hub cache and return the snapshot's folder."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    folder = Path()
-    for file in (*CONFIG_FILES.values(), OWN_CONFIG_FILE):
-        try:
-            with hub_client(offline) as is_offline:
-                downloaded = hf_hub_download(
-                    repo_id, file, cache_dir=cache_dir, revision=revision, local_files_only=is_offline
-                )
-        except Exception as error:
-            if file == OWN_CONFIG_FILE and isinstance(error, EntryNotFoundError):
-                continue
-            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-                raise CheckpointBroken(
-                    f"{repo_id} on the hub is not a diffusers repository: it has no {file}"
-                ) from error
-            explained = explain_hub_error(repo_id, revision, error)
-            if explained is None:
-                raise
-            raise explained from error
-        if file == CONFIG_FILES["model_index"]:
-            folder = Path(downloaded).parent
-    return folder
-
-
-def explain_hub_error(repo_id: str, revision: str | None, error: BaseException) -> CheckpointError | None:
-    """Turn an error of the hub's client into one that says what to do; None if it is none of the expected ones."""
-    from huggingface_hub import get_token
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    page = f"https://huggingface.co/{repo_id}"
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
-        error = error.__cause__
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
-    said = str(getattr(error, "server_message", None) or "")
-    if status == 401 and "Invalid" in said and get_token() is not None:
-        return CheckpointAccess(f"{repo_id}: the hub refuses your token ({said}): log in again with `hf auth login`")
-    if status == 403 and "fine-grained" in said:
-        return CheckpointAccess(
-            f"{repo_id} is gated and your token may not read gated repositories: give it that permission at "
-            "https://huggingface.co/settings/tokens"
-        )
-    if isinstance(error, GatedRepoError) or (status in (401, 403) and not isinstance(error, RepositoryNotFoundError)):
-        if get_token() is None:
-            return CheckpointAccess(f"{repo_id} is gated: accept its licence at {page}, then {_NO_TOKEN}")
-        return CheckpointAccess(
-            f"{repo_id} is gated and your account has no access: accept its licence at {page} with the account that "
-            "the token belongs to"
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        private = "" if get_token() else f"; if it is private, {_NO_TOKEN}"
-        return CheckpointMissing(f"there is no repository {repo_id} on the hub, and no such local folder{private}")
-    if isinstance(error, RevisionNotFoundError):
-        return CheckpointMissing(f"{repo_id} has no revision {revision!r}")
-    if isinstance(error, HFValidationError):
-        return CheckpointMissing(f"{repo_id} is neither a local folder nor a valid hub id: {error}")
-    unreachable = (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError, TimeoutError)  # OfflineModeIsEnabled too
-    if isinstance(error, unreachable) or type(error).__module__.split(".")[0] in _HTTP_CLIENTS:
-        return CheckpointMissing(
-            f"{repo_id} is not in the local hub cache and the hub cannot be reached, or must not be "
-            f"({type(error).__name__}): connect once to fetch it, or {_LOCAL_HINT}"
-        )
-    written = isinstance(error, OSError)
-    return CheckpointMissing(f"{repo_id} could not be written to the hub cache: {error}") if written else None

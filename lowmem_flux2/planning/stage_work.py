@@ -141,6 +141,8 @@ def block_sizes(stage: StagePlan, model: ModelSpec) -> list[int]:
         return []
     if stage.component == "text_encoder":
         text = model.text_encoder
+        if stage.stage == "encode" and text.packed and stage.weight_format == GGUF:
+            return [fmt.block_bytes(layer, dtype_bytes) for layer in text.blocks]
         layers = text.num_layers if stage.stage == "upsample" else text.layers_used
         return [fmt.block_bytes(text.layer, dtype_bytes)] * layers
     dims = model.transformer

@@ -6,17 +6,18 @@ Recognised by what the headers say, never by a file's name. Reading the values i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
 from lowmem_flux2.errors import CheckpointBroken
-from lowmem_flux2.planning.gguf_header import BLOCKS
+from lowmem_flux2.planning import encoder_layouts, vae_layouts
+from lowmem_flux2.planning.gguf_header import BLOCKS, INTERLEAVED, head_dim_of
 from lowmem_flux2.planning.headers import FileHeader, TensorInfo
-from lowmem_flux2.planning.layouts import Rows, is_bfl, model_tensors, without_prefix
-from lowmem_flux2.planning.models import TransformerSpec
+from lowmem_flux2.planning.layouts import PREFIXES, Rows, is_bfl, model_tensors
+from lowmem_flux2.planning.models import TextEncoderSpec, TransformerSpec
 
 Encoding = Literal["plain", "scaled", "gguf", "bnb4"]
 FP8: Final = ("F8_E4M3", "F8_E5M2")
@@ -62,6 +63,7 @@ class StoredTensor:
             ``gguf``: blocks of the dtype; ``bnb4``: bitsandbytes' 4-bit blocks over all of the tensor.
         place: the tensor that holds it, and maybe others.
         rows: which of the stored rows are its own; all in their order where it is the only one.
+        stride: each range of rows takes every so manieth stored row.
         aids: what else decodes it: ``scale``; or ``absmax``, ``quant_map`` and so on.
         state: bitsandbytes' quantization state.
     """
@@ -72,6 +74,7 @@ class StoredTensor:
     rows: Rows
     aids: Mapping[str, Place] = field(default_factory=dict)
     state: Mapping[str, Any] = field(default_factory=dict)
+    stride: int = 1
 
     @property
     def num_values(self) -> int:
@@ -102,18 +105,86 @@ def model_view(headers: Iterable[FileHeader]) -> Mapping[str, StoredTensor]:
         CheckpointBroken: fp8 without scales, or a quantization that is not read here; says what was found.
     """
     stored = {name: Place(header, name, info) for header in headers for name, info in header.tensors.items()}
-    prefixed = {without_prefix(name): place for name, place in stored.items() if name != without_prefix(name)}
-    bfl = is_bfl(prefixed or stored)
-    places = prefixed if bfl and prefixed else stored  # a file with all of ComfyUI's parts holds others beside them
+    places, targets = _layout(stored)
     found: dict[str, StoredTensor] = {}
     for name, place in places.items():
         if _is_aid(name, places):
             continue
-        for target, tensor in _decoded(name, place, places, bfl):
+        tensor = _decoded(name, place, places)
+        for target, own in targets(name, tensor):
             if target in found:
                 raise CheckpointBroken(f"{place.header.path}: two of its tensors are {target!r} of the model")
-            found[target] = tensor
+            found[target] = own
     return MappingProxyType(found)
+
+
+_Targets = Callable[[str, StoredTensor], Iterable[tuple[str, StoredTensor]]]
+"""A stored tensor, and its name without prefix, to the model's tensors in it, by their names."""
+
+
+def _layout(stored: Mapping[str, Place]) -> tuple[Mapping[str, Place], _Targets]:
+    """The tensors that count, by their names without prefix, and how they become the model's.
+
+    A file with all of ComfyUI's parts holds others beside a transformer.
+    """
+    for prefixes, recognizes, targets_of in (
+        (PREFIXES, is_bfl, lambda places: _from_bfl),
+        (vae_layouts.PREFIXES, vae_layouts.is_bfl_vae, _from_bfl_vae),
+        ((), encoder_layouts.is_llama_cpp, lambda places: _from_llama_cpp),
+    ):
+        prefixed = {
+            name.removeprefix(prefix): place
+            for prefix in prefixes
+            for name, place in stored.items()
+            if name.startswith(prefix)
+        }
+        for places in (prefixed, stored):
+            if recognizes(places):
+                return places, targets_of(places)
+    return stored, lambda name, tensor: ((name, tensor),)
+
+
+def _none_of(tensor: StoredTensor, what: str) -> CheckpointBroken:
+    return CheckpointBroken(f"{tensor.place.header.path}: its tensor {tensor.place.name!r} is none of {what}")
+
+
+def _from_bfl(name: str, tensor: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
+    targets = tuple(model_tensors(name, tensor.rows[0][1]))
+    if not targets:
+        other = " (a FLUX.1 model, it seems)" if "_mod." in name or name.startswith("vector_in.") else ""
+        raise _none_of(tensor, f"FLUX.2's{other}")
+    for target, rows in targets:
+        yield target, replace(tensor, shape=(sum(count for _, count in rows), *tensor.shape[1:]), rows=rows)
+
+
+def _from_bfl_vae(places: Mapping[str, Place]) -> _Targets:
+    levels = vae_layouts.num_levels(places)
+
+    def targets(name: str, tensor: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
+        target = vae_layouts.vae_tensor(name, levels)
+        if target is None:
+            raise _none_of(tensor, "a FLUX.2 VAE's")
+        is_matrix = ".attentions." in target and tensor.shape[2:] == (1, 1)
+        yield target, replace(tensor, shape=tensor.shape[:2]) if is_matrix else tensor
+
+    return targets
+
+
+def _from_llama_cpp(name: str, tensor: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
+    target = encoder_layouts.encoder_tensor(name)
+    if target is None:
+        raise _none_of(tensor, "Qwen3's or Mistral's")
+    metadata = tensor.place.header.metadata
+    architecture = metadata.get("general.architecture")
+    if architecture not in INTERLEAVED or not encoder_layouts.is_turned(name):
+        yield target, tensor
+        return
+    head_dim = head_dim_of(metadata)
+    if head_dim is None or head_dim % 2 or tensor.shape[0] % head_dim:
+        raise CheckpointBroken(
+            f"{tensor.place.header.path}: {name!r} of shape {list(tensor.shape)} is no whole heads of {head_dim} rows"
+        )
+    yield target, replace(tensor, rows=encoder_layouts.turned_rows(tensor.shape[0], head_dim), stride=2)
 
 
 def plain_view(headers: Iterable[FileHeader]) -> Mapping[str, StoredTensor]:
@@ -128,11 +199,22 @@ def plain_view(headers: Iterable[FileHeader]) -> Mapping[str, StoredTensor]:
 
 def packed_blocks(view: Mapping[str, StoredTensor], dims: TransformerSpec) -> tuple[tuple[int, ...], ...]:
     """``BlockSpec.packed`` of each block, where any of their Linears is in GGUF blocks; else empty."""
-    prefixes = [f"transformer_blocks.{index}." for index in range(dims.num_double)]
-    prefixes += [f"single_transformer_blocks.{index}." for index in range(dims.num_single)]
+    doubles = [(f"transformer_blocks.{index}.", _DOUBLE_LINEARS) for index in range(dims.num_double)]
+    singles = [(f"single_transformer_blocks.{index}.", _SINGLE_LINEARS) for index in range(dims.num_single)]
+    return _packed(view, (*doubles, *singles))
+
+
+def packed_layers(view: Mapping[str, StoredTensor], dims: TextEncoderSpec) -> tuple[tuple[int, ...], ...]:
+    """The same of each layer of a text encoder that is used."""
+    # Only llama.cpp's files are read in GGUF, and this is what their tensors are called here.
+    return _packed(view, [(f"model.layers.{index}.", encoder_layouts.LINEARS) for index in range(dims.layers_used)])
+
+
+def _packed(
+    view: Mapping[str, StoredTensor], blocks: Iterable[tuple[str, Sequence[str]]]
+) -> tuple[tuple[int, ...], ...]:
     found = []
-    for prefix in prefixes:
-        names = _DOUBLE_LINEARS if prefix[0] == "t" else _SINGLE_LINEARS
+    for prefix, names in blocks:
         tensors = [view.get(f"{prefix}{name}{_WEIGHT}") for name in names]
         found.append(tuple(tensor.stored_bytes if tensor and tensor.encoding == "gguf" else 0 for tensor in tensors))
     return tuple(found) if any(map(any, found)) else ()
@@ -151,7 +233,8 @@ def _is_aid(name: str, places: Mapping[str, Place]) -> bool:
     return _BNB_STATE in name
 
 
-def _decoded(name: str, place: Place, places: Mapping[str, Place], bfl: bool) -> Iterator[tuple[str, StoredTensor]]:
+def _decoded(name: str, place: Place, places: Mapping[str, Place]) -> StoredTensor:
+    """The stored tensor and what decodes it."""
     info = place.info
     encoding: Encoding = "plain"
     shape = info.shape
@@ -178,17 +261,7 @@ def _decoded(name: str, place: Place, places: Mapping[str, Place], bfl: bool) ->
             f"{place.header.path}: {name!r} is stored as {info.dtype}{hint}, a quantization that is not read here: "
             "take the bf16, fp8, GGUF or bitsandbytes 4-bit release"
         )
-    num_rows = shape[0] if shape else 1
-    if not bfl:
-        yield name, StoredTensor(shape, encoding, place, ((0, num_rows),), aids, state)
-        return
-    targets = tuple(model_tensors(name, num_rows))
-    if not targets:
-        other = " (a FLUX.1 model, it seems)" if "_mod." in name or name.startswith("vector_in.") else ""
-        raise CheckpointBroken(f"{place.header.path}: its tensor {place.name!r} is none of FLUX.2's{other}")
-    for target, rows in targets:
-        own = (sum(count for _, count in rows), *shape[1:])
-        yield target, StoredTensor(own, encoding, place, rows, aids, state)
+    return StoredTensor(shape, encoding, place, ((0, shape[0] if shape else 1),), aids, state)
 
 
 def _scale(name: str, place: Place, places: Mapping[str, Place]) -> Place:

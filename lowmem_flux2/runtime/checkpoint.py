@@ -115,8 +115,13 @@ class TensorFile:
         tensor = self._tensor(name)
         row_bytes, begin = destination.shape[1], 0
         for row, rows in tensor.rows:
-            part = destination[begin : begin + rows].view(-1)
-            self._opened(tensor.place).read_into(part, tensor.place.offset + row * row_bytes, direct)
+            part = destination[begin : begin + rows]
+            spread = (
+                part if tensor.stride == 1 else torch.empty(_spread(rows, tensor.stride), row_bytes, dtype=torch.uint8)
+            )
+            self._opened(tensor.place).read_into(spread.view(-1), tensor.place.offset + row * row_bytes, direct)
+            if spread is not part:
+                part.copy_(spread[:: tensor.stride])
             begin += rows
 
     def read_rows_from(self, name: str, first: int, destination: torch.Tensor) -> None:
@@ -158,13 +163,18 @@ class TensorFile:
             raise CheckpointBroken(
                 f"{self.folder}: tensor {name!r} is stored as {tensor.place.info.dtype}, which is not read here"
             )
-        begin, wanted = 0, first + len(destination)
+        begin, wanted, columns = 0, first + len(destination), tensor.row_values
         for row, rows in tensor.rows:
-            end = begin + rows * tensor.row_values
+            end = begin + rows * columns
             low, high = max(first, begin), min(wanted, end)
-            if low < high:
-                at = row * tensor.row_values + low - begin
+            if low < high and tensor.stride == 1:
+                at = row * columns + low - begin
                 self._read_stored(tensor, at, destination[low - first : high - first], direct)
+            elif low < high:
+                skipped, count = (low - begin) // columns, (high - low) // columns
+                spread = torch.empty(_spread(count, tensor.stride), columns, dtype=destination.dtype)
+                self._read_stored(tensor, (row + skipped * tensor.stride) * columns, spread.view(-1), direct)
+                destination[low - first : high - first].view(count, columns).copy_(spread[:: tensor.stride])
             begin = end
 
     def _read_stored(self, tensor: StoredTensor, first: int, destination: torch.Tensor, direct: bool) -> None:
@@ -189,3 +199,8 @@ class TensorFile:
             staging = torch.empty(part.numel(), dtype=stored)
             file.read_into(staging, offset + start * stored.itemsize, direct)
             part.copy_(staging)
+
+
+def _spread(count: int, stride: int) -> int:
+    """Stored rows from the first to the last of ``count``, of which each ``stride``-th is taken."""
+    return (count - 1) * stride + 1

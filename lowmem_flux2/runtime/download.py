@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem_flux2.errors import CheckpointMissing, DoesNotFit
+from lowmem_flux2.planning.hub import explain_hub_error, hub_client
 from lowmem_flux2.planning.models import Component
-from lowmem_flux2.planning.sources import ModelSource, SingleFile, explain_hub_error, hub_client, resolve_model
+from lowmem_flux2.planning.sources import ModelSource, SingleFile, SinglePart, resolve_model
 from lowmem_flux2.planning.weight_files import component_headers, every_tensor, read_index
 
 _PARTS = ("scheduler/*", "tokenizer/*", "transformer/*", "text_encoder/*", "vae/*", "*.json")
 _PICKLES = ("*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.onnx")
-_FILES_OF: Mapping[Component, tuple[str, ...]] = {
+_FILES_OF: Mapping[SinglePart, tuple[str, ...]] = {
+    "tokenizer": ("tokenizer/*", "*.json"),
     "text_encoder": ("scheduler/*", "tokenizer/*", "text_encoder/*", "*.json"),
     "vae": ("vae/*", "*.json"),
 }
@@ -93,12 +95,17 @@ def with_whole_text_encoder(source: ModelSource, *, offline: bool, sees: bool = 
 def _with_parts(source: ModelSource, single: SingleFile, offline: bool) -> ModelSource:
     """A single file's source with the parts that were on the hub only."""
     for part in single.missing:
-        _fetch(_Wanted(part.repo_id, None, _FILES_OF[part.component], source.spec.needs), offline)
+        _fetch(_Wanted(part.repo_id, None, _FILES_OF[part.part], source.spec.needs), offline)
     found = resolve_model(
-        str(single.file), offline=True, text_encoder=single.text_encoder, vae=single.vae, cache=single.cache
+        str(single.file),
+        offline=True,
+        text_encoder=single.text_encoder,
+        vae=single.vae,
+        tokenizer=single.tokenizer,
+        cache=single.cache,
     )
     if found.folder is None:
-        lacking = " and ".join(f"the {part.component} of {part.repo_id}" for part in single.missing)
+        lacking = " and ".join(f"the {part.part} of {part.repo_id}" for part in single.missing)
         raise CheckpointMissing(f"{lacking}: the download is not complete; run the command again to go on with it")
     return found
 

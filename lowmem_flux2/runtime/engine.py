@@ -62,8 +62,8 @@ class Engine:
         revision: hub revision.
         offline: never touch the network.
         cache_dir: where prepared weights are kept; else LOWMEM_FLUX2_CACHE, else the platform's cache folder.
-        text_encoder, vae: for a single file: a folder, a name or a hub id that has them; else the released model of its
-            shape.
+        text_encoder, vae, tokenizer: for a single file: a file (not of a tokenizer), a folder, a name or a hub id that
+            has them; else those of the released model of its shape.
         prompt_cache: bytes that embeddings of prompts may take on disk, or as text (``"2GiB"``, ``"off"``); else
             LOWMEM_FLUX2_PROMPT_CACHE, else 1 GiB.
         may_prepare: quantize weights into the store where a plan needs them; False raises instead.
@@ -98,6 +98,7 @@ class Engine:
         cache_dir: str | Path | None = None,
         text_encoder: str | None = None,
         vae: str | None = None,
+        tokenizer: str | None = None,
         prompt_cache: int | str | None = None,
         may_prepare: bool = True,
         allow_format_change: bool = False,
@@ -118,7 +119,13 @@ class Engine:
         )
         cache = Path(cache_dir) if cache_dir is not None else None
         self._source = resolve_model(
-            model, revision=revision, offline=offline, text_encoder=text_encoder, vae=vae, cache=cache
+            model,
+            revision=revision,
+            offline=offline,
+            text_encoder=text_encoder,
+            vae=vae,
+            tokenizer=tokenizer,
+            cache=cache,
         )
         self._machine = resolve_machine(profile, device, self._selection.max_ram_bytes)
         self._running = Running(

@@ -7,65 +7,23 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 
 import pytest
+from sparse import Shapes, bfl_shapes, write
 from typer.testing import CliRunner
 
 from lowmem_flux2.cli import app
 from lowmem_flux2.errors import CheckpointBroken, CheckpointMissing, DoesNotFit, UsageError
-from lowmem_flux2.planning import sources
-from lowmem_flux2.planning.models import TransformerSpec
+from lowmem_flux2.planning.configs import OWN_CONFIG_FILE
 from lowmem_flux2.planning.sources import resolve_model, shipped_configs
 
-Shapes = dict[str, tuple[int, ...]]
 ALIASES = ("flux2-dev", "flux2-klein-4b", "flux2-klein-9b")
 
 
 @pytest.fixture(autouse=True)
 def empty_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-
-
-def write(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "BF16", prefix: str = "") -> Path:
-    """A safetensors file of these tensors, all zero: sparse, so that a full-size one takes no room."""
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        size = prod(shape) * {"BF16": 2, "F8_E4M3": 1, "F32": 4}[dtype]
-        header[prefix + name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    return path
-
-
-def bfl_shapes(spec: TransformerSpec) -> Shapes:
-    """Names and shapes of BFL's layout."""
-    h, m, d = spec.hidden_size, spec.mlp_size, spec.head_dim
-    embedders = ("time_in", "guidance_in") if spec.guidance_embeds else ("time_in",)
-    shapes: Shapes = {"img_in.weight": (h, spec.in_channels), "txt_in.weight": (h, spec.joint_dim)}
-    for name in embedders:
-        shapes |= {f"{name}.in_layer.weight": (h, spec.timestep_channels), f"{name}.out_layer.weight": (h, h)}
-    for stream, parts in (("double_stream_modulation_img", 6), ("double_stream_modulation_txt", 6)):
-        shapes[f"{stream}.lin.weight"] = (parts * h, h)
-    shapes["single_stream_modulation.lin.weight"] = (3 * h, h)
-    shapes["final_layer.adaLN_modulation.1.weight"] = (2 * h, h)
-    shapes["final_layer.linear.weight"] = (spec.out_channels, h)
-    for block in range(spec.num_double):
-        for stream in ("img", "txt"):
-            name = f"double_blocks.{block}.{stream}"
-            shapes |= {f"{name}_attn.qkv.weight": (3 * h, h), f"{name}_attn.proj.weight": (h, h)}
-            shapes |= {f"{name}_mlp.0.weight": (2 * m, h), f"{name}_mlp.2.weight": (h, m)}
-            shapes |= {f"{name}_attn.norm.{part}_norm.scale": (d,) for part in ("query", "key")}
-    for block in range(spec.num_single):
-        name = f"single_blocks.{block}"
-        shapes |= {f"{name}.linear1.weight": (3 * h + 2 * m, h), f"{name}.linear2.weight": (h, h + m)}
-        shapes |= {f"{name}.norm.{part}_norm.scale": (d,) for part in ("query", "key")}
-    return shapes
 
 
 def full_size(name: str) -> Shapes:
@@ -81,7 +39,7 @@ def test_a_released_model_needs_nothing_else(name: str, prefix: str, tmp_path: P
     assert (found.spec.form, found.spec.is_distilled) == (released.spec.form, released.spec.is_distilled)
     assert found.folder is None
     assert found.single is not None
-    assert {(part.repo_id, part.component) for part in found.single.missing} == {
+    assert {(part.repo_id, part.part) for part in found.single.missing} == {
         (released.repo_id, "text_encoder"),
         (released.repo_id, "vae"),
     }
@@ -200,7 +158,7 @@ def test_parts_that_are_missing_or_out_of_place(tmp_path: Path, tiny_klein: Path
         resolve_model(file)
     with pytest.raises(UsageError, match="go with a model that is a single file; flux2-dev has its own"):
         resolve_model("flux2-dev", vae=str(tiny_klein))
-    with pytest.raises(CheckpointMissing, match=r"--vae .* is a file"):
+    with pytest.raises(CheckpointBroken, match=r"x\.safetensors holds no VAE: .*; it has context_embedder"):
         resolve_model(file, text_encoder=str(tiny_klein), vae=file)
     with pytest.raises(CheckpointMissing, match="--vae nothing: there is no such folder, and it is neither"):
         resolve_model(file, text_encoder=str(tiny_klein), vae="nothing")
@@ -219,7 +177,7 @@ def test_the_embedded_model_has_parts_too(tmp_path: Path) -> None:
     found = resolve_model(str(file), text_encoder="shapes")
     assert (found.spec.defaults, found.spec.is_distilled) == (spec.defaults, spec.is_distilled)
     assert found.folder is not None
-    assert (found.folder / sources.OWN_CONFIG_FILE).is_file()
+    assert (found.folder / OWN_CONFIG_FILE).is_file()
 
 
 def test_shapes_of_the_shipped_configs_are_told_apart() -> None:

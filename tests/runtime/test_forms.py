@@ -222,9 +222,9 @@ def test_gguf_headers_are_those_that_gguf_py_reads(tmp_path: Path, wide: Path) -
 
 def test_gguf_files_that_are_not_read_say_what_they_are(tmp_path: Path, wide: Path) -> None:
     bfl = forms.bfl_state(forms.transformer_state(wide))
-    forms.write_gguf(tmp_path / "llama", bfl, "Q8_0", architecture="llama")
-    with pytest.raises(CheckpointBroken, match="its GGUF architecture is 'llama'"):
-        resolve_model(str(tmp_path / "llama"))
+    forms.write_gguf(tmp_path / "gemma3", bfl, "Q8_0", architecture="gemma3")
+    with pytest.raises(CheckpointBroken, match=r"its GGUF architecture is 'gemma3'; read here are .*\(qwen3, llama"):
+        resolve_model(str(tmp_path / "gemma3"))
     forms.write_gguf(tmp_path / "cut", bfl, "Q8_0")
     whole = (tmp_path / "cut").read_bytes()
     for length, told in ((len(whole) - 1, "is truncated: its header describes"), (100, "header goes beyond its end")):
