@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from sparse import Shapes, bfl_shapes, encoder_shapes, write
+from typer.testing import CliRunner
 
-from lowmem_flux2.errors import CheckpointBroken, UsageError
+from lowmem_flux2.cli import app
+from lowmem_flux2.errors import CheckpointBroken, DoesNotFit, UsageError
 from lowmem_flux2.planning.encoder_layouts import encoder_tensor
 from lowmem_flux2.planning.headers import read_header
 from lowmem_flux2.planning.part_file import text_encoder_config, vae_config
@@ -62,6 +64,17 @@ def test_a_single_file_of_each(tmp_path: Path) -> None:
     assert {(each.repo_id, each.part) for each in found.single.missing} == {(repo_id, "tokenizer"), (repo_id, "vae")}
     base = resolve_model(str(file), text_encoder=str(encoder), tokenizer="flux2-klein-base-9b", offline=True)
     assert (found.spec.is_distilled, base.spec.is_distilled) == (True, False)
+
+
+def test_what_would_fit_names_the_tokenizer(tmp_path: Path) -> None:
+    """Without it a base model would be planned as the distilled one."""
+    spec = resolve_model("flux2-klein-4b", offline=True).spec
+    file = write(tmp_path / "four.safetensors", bfl_shapes(spec.transformer))
+    encoder = write(tmp_path / "qwen_3_4b.safetensors", encoder_of("flux2-klein-4b"))
+    typed = ["plan", "-m", str(file), "--text-encoder", str(encoder), "--tokenizer", "flux2-klein-base-4b"]
+    refused = CliRunner().invoke(app, [*typed, "--profile", "rtx-3060-12gb", "--max-ram", "900MiB", "--offline"])
+    assert isinstance(refused.exception, DoesNotFit)
+    assert "--tokenizer flux2-klein-base-4b" in refused.exception.closest[0]
 
 
 def test_encoders_of_other_models_are_refused_by_width(tmp_path: Path) -> None:
