@@ -131,7 +131,6 @@ def main() -> None:
     record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"virtual machine, {os.cpu_count()} cores",
-        "note": "the machine was shared with other work: rates compare within a component, and only roughly",
         "prepared": made,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
