@@ -7,7 +7,7 @@ ours to choose (safetensors data starts at 24 mod 64 bytes, where Linear kernels
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from lowmem_flux2.errors import CheckpointBroken
+from lowmem_flux2.planning.formats import NF4_BLOCK, NF4_NESTED_BLOCK
 from lowmem_flux2.planning.headers import FileHeader
 from lowmem_flux2.planning.stored import Place, StoredTensor, model_view, plain_view
 from lowmem_flux2.planning.weight_files import component_headers, no_tensor
@@ -123,6 +124,32 @@ class TensorFile:
             if spread is not part:
                 part.copy_(spread[:: tensor.stride])
             begin += rows
+
+    def holds_nf4(self, name: str) -> bool:
+        """Whether a tensor is stored as ``Nf4Linear`` holds it: bitsandbytes' nf4 with nested scales, blocks of 64."""
+        tensor = self._tensor(name)
+        kinds = {leaf: aid.info.dtype for leaf, aid in tensor.aids.items()}
+        return (
+            tensor.encoding == "bnb4"
+            and tensor.place.name.endswith(name)
+            and tensor.state["quant_type"] == "nf4"
+            and (tensor.state["blocksize"], tensor.state.get("nested_blocksize")) == (NF4_BLOCK, NF4_NESTED_BLOCK)
+            and kinds == {"absmax": "U8", "quant_map": "F32", "nested_absmax": "F32", "nested_quant_map": "F32"}
+        )
+
+    def read_nf4(self, name: str, storage: Mapping[str, torch.Tensor]) -> None:
+        """Fill ``Nf4Linear``'s tensors, but for a bias, with a tensor's as they are stored (``holds_nf4``)."""
+        tensor = self._tensor(name)
+        places = {
+            "weight": tensor.place,
+            "absmax": tensor.aids["absmax"],
+            "nested_absmax": tensor.aids["nested_absmax"],
+            "levels": tensor.aids["quant_map"],
+            "nested_levels": tensor.aids["nested_quant_map"],
+        }
+        for leaf, place in places.items():
+            self._opened(place).read_into(storage[leaf].view(-1), place.offset)
+        storage["offset"].fill_(tensor.state["nested_offset"])
 
     def read_rows_from(self, name: str, first: int, destination: torch.Tensor) -> None:
         """Fill (rows, columns) with the rows of a matrix from ``first`` on, converting the dtype where it differs."""

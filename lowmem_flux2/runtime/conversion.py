@@ -132,6 +132,8 @@ class Conversion:
             for name, linear in self._linears(index):
                 weight, columns = f"{self.blocks.prefixes[index]}{name}.weight", linear.in_features
                 self.files.check_shape(weight, (linear.out_features, columns))
+                if self._is_there(index, name, linear):
+                    continue
                 least = piece_rows(columns)
                 step = max(1, READ_BYTES // self.dtype.itemsize // columns // least) * least
                 for first in range(0, linear.out_features, step):
@@ -149,6 +151,9 @@ class Conversion:
             else:
                 self.files.read_into(place.stored_name, place.view(span))
         for name, linear in self._linears(index):
+            if self._is_there(index, name, linear):
+                self.files.read_nf4(f"{self.blocks.prefixes[index]}{name}.weight", storage[name])
+                continue
             kind, left = STORED[linear.format_name], linear.out_features
             working = storage[name] | kind.scratch(linear.out_features, linear.in_features)
             while left:
@@ -157,6 +162,10 @@ class Conversion:
                 deque(workers.map(quantize, range(0, piece.rows, piece_rows(piece.columns))), maxlen=0)
                 left -= piece.rows
             kind.finish(working)
+
+    def _is_there(self, index: int, name: str, linear: StoredLinear) -> bool:
+        """Whether the source holds the Linear in this very format: its bytes are taken over, never quantized again."""
+        return linear.format_name == "nf4" and self.files.holds_nf4(f"{self.blocks.prefixes[index]}{name}.weight")
 
     def _quantize(
         self,

@@ -254,6 +254,13 @@ def test_bitsandbytes_folder(kind: str, nested: bool, tmp_path: Path, tiny_klein
         assert torch.equal(latents(folder, weight_format, prompt="a red circle"), expected)
 
 
+def test_bitsandbytes_nf4_is_never_quantized_again(tmp_path: Path, tiny_klein: Path) -> None:
+    """Prepared in nf4, the stored bytes are taken over: the decoded checkpoint's values, to the last bit."""
+    folder, reference = forms.write_bnb(tmp_path, tiny_klein, "nf4", nested=True)
+    assert torch.equal(latents(folder, "nf4"), latents(reference, "fp32"))
+    assert not torch.equal(latents(reference, "nf4"), latents(reference, "fp32"))
+
+
 # --- the command line -----------------------------------------------------------------------------------------------
 
 
