@@ -351,8 +351,6 @@ def test_what_does_not_go_with_a_batch_is_refused(run: Run) -> None:
     ):
         ran = run("generate", *arguments)
         assert ran.code == 2 and said in ran.err, ran.err
-    write_lines({"prompt": "x"}, {"prompt": "y", "width": 64})
-    assert "generate --prompt-file p.jsonl --dry-run" in run("plan", "--prompt-file", "p.jsonl").err
 
 
 # ------------------------------------------------------------------------------------------------------------ killed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,15 @@ def test_the_same_command_begins_again_with_the_seed_that_was_drawn(
     assert words[-2] == "-s" and int(words[-1]) >= 0
 
 
+@pytest.fixture
+def default_sigint() -> Iterator[None]:
+    """Python's own handler: a shell that starts the tests in the background has SIGINT ignored, so it installs none."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_sigint")
 def test_a_signal_in_python_is_a_keyboard_interrupt(tiny_dev: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         Engine(str(tiny_dev)).generate(PROMPTS, **ASKED, callback_on_step_end=lambda *_: sigint())
