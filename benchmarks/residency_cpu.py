@@ -2,11 +2,11 @@
 
     python benchmarks/residency_cpu.py --folder /var/tmp/residency --out benchmarks/results
 
-Writes a klein-4b-shaped checkpoint with seeded random bf16 weights (transformer 7.75 GB, Qwen3-4B-shaped encoder 8 GB),
-then makes the same 256x256 picture in 2 steps twice: inside a memory cgroup of 3 GiB, page cache included, and fully
-resident without a limit, ``--runs`` times in turn. Prints and records peak memory, bytes that the block device read (it
-must have read what was streamed), seconds a step, the ratio of the two, and whether the latents are bit-equal. Needs Linux with the v1 memory controller, root, 17 GB of disk, and
-about 10 GB of RAM for the resident run.
+Writes a klein-4b-shaped checkpoint with seeded random bf16 weights (transformer 7.75 GB, Qwen3-4B-shaped encoder 8
+GB), then makes the same 256x256 picture in 2 steps twice: inside a memory cgroup of 3 GiB, page cache included, and
+fully resident without a limit, ``--runs`` times in turn. Prints and records peak memory, bytes that the block device
+read (it must have read what was streamed), seconds a step, the ratio of the two, and whether the latents are bit-
+equal. Needs Linux with the v1 memory controller, root, 17 GB of disk, and about 10 GB of RAM for the resident run.
 """
 
 from __future__ import annotations
