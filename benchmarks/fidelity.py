@@ -26,8 +26,9 @@ import figures  # noqa: E402
 from draw import parse  # noqa: E402
 from score import check, read_picture  # noqa: E402
 
-from lowmem_flux2.fidelity import Setting, measure_fidelity, prompts_for  # noqa: E402
+from lowmem_flux2.fidelity import measure_fidelity, prompts_for  # noqa: E402
 from lowmem_flux2.runtime.similarity import Pictures  # noqa: E402
+from lowmem_flux2.variants import Setting  # noqa: E402
 
 SEED = 500
 

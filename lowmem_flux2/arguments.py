@@ -176,6 +176,11 @@ def words_to_go_on(context: Context, *, decodes: bool) -> tuple[str, ...]:
     left_out = IN_THE_FILE | NOT_AGAIN | (OF_STEPS if decodes else OF_DECODING)
     if any(context.params[part] for part in ("text_encoder", "vae", "tokenizer")):  # which go with a single file
         left_out -= {"model"}
+    return typed_words(context, left_out)
+
+
+def typed_words(context: Context, left_out: frozenset[str]) -> tuple[str, ...]:
+    """What was typed, word by word, but for the parameters of these names."""
     words: list[str] = []
     for parameter in context.command.params:
         name = parameter.name or ""

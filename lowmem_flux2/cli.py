@@ -282,42 +282,42 @@ def prepare(
 
 
 @app.command()
+@flattened
 def bench(
-    model: opt.Model = None,
-    prompt: Annotated[
-        str, typer.Option("-p", "--prompt", help="What to draw.")
-    ] = "a large red circle in the center on a blue background",
-    steps: opt.Steps = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results; made if missing.")] = Path(
-        "bench"
-    ),
+    context: typer.Context,
+    flags: RequestFlags,
+    fit: FitFlags,
+    seed: opt.Seed = 0,
+    cap: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SIZE",
+            help="A cap on VRAM (on a cpu, RAM) to run under; repeat for several.  [default: four, from the least that "
+            "a plan needs to the most that it has a use for]",
+        ),
+    ] = None,
     fidelity: Annotated[
         bool, typer.Option("--fidelity", help="Measure what each choice that changes pixels costs in pixels instead.")
     ] = False,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="With --fidelity: a text file with one prompt a line; 'shapes' has its own.")
-    ] = None,
-    images: Annotated[int, typer.Option(min=2, help="With --fidelity: pictures a variant, prompts in turn.")] = 64,
-    dtype: opt.Dtype = "auto",
+    images: Annotated[
+        int, typer.Option(min=2, help="With --fidelity: pictures a variant, the --prompt-file's prompts in turn.")
+    ] = 64,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results; made if missing.")] = Path(
+        "bench"
+    ),
+    cache_dir: opt.CacheDir = None,
 ) -> None:
-    """Run a handful of plans, each in a process of its own: memory against latency, as a table, JSON and a plot.
+    """Memory against latency: the same picture under falling caps on memory, in several weight formats.
 
-    With --fidelity: the same pictures by every weight format, step cache and VAE tile, compared; table, JSON, PNG.
+    Each run is a process of its own, measured beside what was predicted; table, JSON, plot. Formats: --weight-format's,
+    else the compute dtype, int8 and nf4. The same command goes on with a bench that was stopped.
+
+    With --fidelity: many pictures by every weight format, step cache and VAE tile, compared; table, JSON, PNG.
     """
-    from lowmem_flux2.planning.sources import EMBEDDED
+    from lowmem_flux2 import benching
 
     with _interruptible():
-        if fidelity:
-            from lowmem_flux2.fidelity import Setting, measure_fidelity, prompts_for
-
-            prompts = prompts_for(model or EMBEDDED, prompt_file, images)
-            measure_fidelity(Setting(model or EMBEDDED, prompts, 0, dtype, steps or 0, 0, 0), output, out)
-            return
-        from lowmem_flux2.bench import run_bench
-
-        if prompt_file is not None or dtype != "auto":
-            raise UsageError("--prompt-file and --dtype go with --fidelity")
-        run_bench(model or EMBEDDED, prompt, steps, output, out)
+        benching.bench(context, flags, fit, benching.Wanted(seed or 0, cap, fidelity, images, output, cache_dir), out)
 
 
 @app.command()

@@ -26,57 +26,16 @@ from safetensors.numpy import load_file, save_file
 
 from lowmem_flux2.arguments import read_prompts
 from lowmem_flux2.errors import UsageError
-from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.sources import ASSETS, EMBEDDED
-from lowmem_flux2.planning.step_caches import PRESETS, FirstBlock, StepCache, Taylor
-from lowmem_flux2.planning.support import SUPPORTED
-from lowmem_flux2.planning.tiles import TILE_SIDES_PX, tile_is_sound
 from lowmem_flux2.report import write_atomically
 from lowmem_flux2.runtime.contact_sheet import Row, contact_sheet
 from lowmem_flux2.runtime.engine import Engine
 from lowmem_flux2.runtime.similarity import Pictures, lpips_measure, psnr_db, relative_error, ssim
 from lowmem_flux2.runtime.versions import versions
-
-REFERENCE = "reference"
-BATCH = 16
-"""Images denoised together, in every variant: a batch's composition decides how kernels round."""
+from lowmem_flux2.variants import Setting, Variant, variants
 
 Score = Callable[[Pictures, Sequence[str]], NDArray[np.float64]]
 """Pictures and their prompts to one number a picture, higher is better."""
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """One thing changed against another variant (``against``); ``kind`` groups rows of the table.
-
-    ``shift`` is added to every seed, ``rotation`` gives picture i the prompt of picture i + rotation.
-    """
-
-    name: str
-    kind: str
-    against: str = REFERENCE
-    dtype: str = ""
-    weight_format: str = ""
-    text_weight_format: str = ""
-    step_cache: str = "off"
-    vae_tile: str = "off"
-    scale: int = 1
-    steps_divisor: int = 1
-    shift: int = 0
-    rotation: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What all variants share. ``width``, ``height`` and ``steps`` of 0 are the model's own."""
-
-    model: str
-    prompts: tuple[str, ...]
-    seed: int
-    dtype: str
-    steps: int
-    width: int
-    height: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,47 +89,6 @@ def prompts_for(model: str, file: Path | None, images: int) -> tuple[str, ...]:
     return tuple(found[number % len(found)] for number in range(images))
 
 
-def variants(setting: Setting, width: int, height: int) -> list[Variant]:
-    """Every supported choice that changes pixels, and the controls. The references come before what is compared."""
-    quantized = [name for name in FORMATS if FORMATS[name].is_prepared and name in SUPPORTED.weight_formats]
-    quantized.sort(key=lambda name: FORMATS[name].weight_error)
-    others = [name for name in ("fp32", "bf16") if name != setting.dtype]
-    found = [Variant(REFERENCE, "reference"), Variant("repeated", "control")]
-    found += [Variant(f"compute in {name}", "dtype", dtype=name) for name in others]
-    found += [Variant(f"transformer {name}", "weights", weight_format=name) for name in quantized]
-    found += [Variant(f"text encoder {name}", "text weights", text_weight_format=name) for name in quantized]
-    found += [
-        Variant(f"step cache {name}", "step cache", step_cache=text) for name, text in _step_caches(setting.steps)
-    ]
-    found += _tiles(width, height)
-    return [
-        *found,
-        Variant("half the steps", "control", steps_divisor=2),
-        Variant("another seed", "control", shift=len(setting.prompts)),
-        *([Variant("another prompt", "control", rotation=1)] if len(set(setting.prompts)) > 1 else []),
-    ]
-
-
-def _step_caches(steps: int) -> list[tuple[str, str]]:
-    """Names and texts: the presets and some thresholds, where they skip a step, and one that is exact."""
-    caches: dict[str, StepCache] = {**PRESETS, "taylor 6": Taylor(interval=6, warmup=3)}
-    caches |= {f"first-block {threshold}": FirstBlock(threshold=threshold) for threshold in (0.1, 0.2, 0.3)}
-    caches["first-block 0.2, order 0"] = FirstBlock(threshold=0.2, order=0)
-    found = [(name, str(cache)) for name, cache in caches.items() if cache.computed_steps(steps) < steps]
-    return [("first-block 0", str(FirstBlock(threshold=0.0))), *found] if found else []
-
-
-def _tiles(width: int, height: int) -> list[Variant]:
-    """VAE tiles at the model's own size where one is sound, else (small models) at the first larger one with one."""
-    for scale in (1, 2, 3, 4):
-        sides = [px for px in (*TILE_SIDES_PX, 64) if tile_is_sound(scale * width, scale * height, px)]
-        if sides:
-            untiled = REFERENCE if scale == 1 else f"{scale * width} x {scale * height} px"
-            larger = [] if scale == 1 else [Variant(untiled, "reference", scale=scale)]
-            return larger + [Variant(f"tiles {px} px", "tiles", untiled, vae_tile=str(px), scale=scale) for px in sides]
-    return []
-
-
 def measure_fidelity(
     setting: Setting,
     folder: Path,
@@ -191,7 +109,7 @@ def measure_fidelity(
     """
     ssim(np.zeros((1, 16, 16, 3), np.float32), np.zeros((1, 16, 16, 3), np.float32))  # or fail before any work
     folder.mkdir(parents=True, exist_ok=True)
-    with Engine(setting.model, dtype=setting.dtype) as engine:
+    with _engine(setting, dtype=setting.dtype) as engine:
         request = engine.request(
             list(setting.prompts),
             width=setting.width or None,
@@ -224,8 +142,7 @@ def measure_fidelity(
             rows.append(Row(title, base.pictures[worst], sample.pictures[worst]))
     record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "setting": asdict(setting),
-        "batch": BATCH,
+        "setting": setting.to_json(),
         "versions": versions(),
         "results": [asdict(one) for one in found],
     }
@@ -240,7 +157,7 @@ def measure_fidelity(
 
 def _kept(setting: Setting, variant: Variant, folder: Path) -> Sample:
     """A variant's pictures and latents: from the folder if they are there, else made and kept there."""
-    made_of = json.dumps([asdict(setting), asdict(variant), BATCH, versions()], sort_keys=True)
+    made_of = json.dumps([setting.to_json(), asdict(variant), versions()], sort_keys=True)
     path = folder / f"{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.safetensors"
     if not path.exists():
         sample = _make(setting, variant)
@@ -261,6 +178,18 @@ def _kept(setting: Setting, variant: Variant, folder: Path) -> Sample:
     return Sample(pictures, found["latents"], float(found["denoise_s"][0]), blocks, found["skipped"])
 
 
+def _engine(setting: Setting, **choices: Any) -> Engine:
+    return Engine(
+        setting.model,
+        profile=setting.profile,
+        device=setting.device,
+        max_vram=setting.max_vram,
+        max_ram=setting.max_ram,
+        cache_dir=setting.cache,
+        **choices,
+    )
+
+
 def _make(setting: Setting, variant: Variant) -> Sample:
     batches: list[torch.Tensor] = []
 
@@ -271,14 +200,14 @@ def _make(setting: Setting, variant: Variant) -> Sample:
 
     count, rotation, steps = len(setting.prompts), variant.rotation, max(1, setting.steps // variant.steps_divisor)
     plain = variant.dtype or setting.dtype
-    with Engine(
-        setting.model,
+    with _engine(
+        setting,
         dtype=plain,
         weight_format=variant.weight_format or plain,
         text_weight_format=variant.text_weight_format or plain,
         step_cache=variant.step_cache,
         vae_tile=variant.vae_tile,
-        batch_size=BATCH,
+        batch_size=setting.batch,
     ) as engine:
         made = engine.generate(
             [setting.prompts[(number + rotation) % count] for number in range(count)],

@@ -14,9 +14,10 @@ from rich.console import Console
 
 from lowmem_flux2 import fidelity
 from lowmem_flux2.errors import UsageError
-from lowmem_flux2.fidelity import Setting, Variant, measure_fidelity, prompts_for, read_results
+from lowmem_flux2.fidelity import measure_fidelity, prompts_for, read_results
 from lowmem_flux2.planning.step_caches import PRESETS
 from lowmem_flux2.runtime.similarity import psnr_db, relative_error, ssim
+from lowmem_flux2.variants import Setting, Variant, variants
 
 PROMPTS = (
     "a large red circle in the center on a blue background",
@@ -73,10 +74,10 @@ def test_what_is_kept_is_not_made_again(measured: Path, monkeypatch: pytest.Monk
 
 def test_step_caches_are_among_the_choices_where_they_skip_a_step() -> None:
     setting = Setting("shapes", PROMPTS, 0, "fp32", steps=20, width=64, height=64)
-    caches = [one.step_cache for one in fidelity.variants(setting, 64, 64) if one.kind == "step cache"]
+    caches = [one.step_cache for one in variants(setting, 64, 64) if one.kind == "step cache"]
     assert caches[0] == "first-block:threshold=0.0,order=1,warmup=3,last=1"
     assert {str(cache) for cache in PRESETS.values()} < set(caches)
-    few = fidelity.variants(replace(setting, steps=2), 64, 64)
+    few = variants(replace(setting, steps=2), 64, 64)
     assert not [one for one in few if one.kind == "step cache"]
 
 
