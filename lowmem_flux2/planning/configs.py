@@ -25,6 +25,7 @@ from lowmem_flux2.planning.models import (
     VaeSpec,
     VisionSpec,
 )
+from lowmem_flux2.planning.sdnq import METHOD
 
 CONFIG_FILES: Final[Mapping[str, str]] = {
     "model_index": "model_index.json",
@@ -114,17 +115,17 @@ class _Section:
             raise self.broken(f"_class_name is {found!r}, expected {expected!r}")
 
     def expect_readable(self) -> None:
-        """Of quantized folders, bitsandbytes' 4 bits alone are read here."""
+        """Of quantized folders, bitsandbytes' 4 bits and SDNQ's are read here."""
         method = self.values.get("quantization_config")
         if method is None:
             return
         kind = method.get("quant_method", "unnamed") if isinstance(method, Mapping) else method
-        if kind == "bitsandbytes" and isinstance(method, Mapping) and method.get("load_in_4bit"):
+        if kind == METHOD or (kind == "bitsandbytes" and isinstance(method, Mapping) and method.get("load_in_4bit")):
             return
         eight = " in 8 bits" if kind == "bitsandbytes" else ""
         raise self.broken(
             f"this checkpoint is quantized by {kind}{eight}, which is not read here: take the bf16 release, which is "
-            "quantized here, or one in bitsandbytes' 4 bits, or a single file in fp8 or GGUF"
+            "quantized here, or one in bitsandbytes' 4 bits or SDNQ's, or a single file in fp8 or GGUF"
         )
 
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from math import prod
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
-from lowmem_flux2.errors import CheckpointBroken
-from lowmem_flux2.planning import encoder_layouts, vae_layouts
+from lowmem_flux2.errors import CheckpointBroken, UsageError
+from lowmem_flux2.planning import encoder_layouts, sdnq, vae_layouts
 from lowmem_flux2.planning.gguf_header import BLOCKS, INTERLEAVED, head_dim_of
 from lowmem_flux2.planning.headers import FileHeader, TensorInfo
 from lowmem_flux2.planning.layouts import PREFIXES, Rows, is_bfl, model_tensors
 from lowmem_flux2.planning.models import TextEncoderSpec, TransformerSpec
 
-Encoding = Literal["plain", "scaled", "gguf", "bnb4"]
+Encoding = Literal["plain", "scaled", "gguf", "bnb4", "sdnq"]
 FP8: Final = ("F8_E4M3", "F8_E5M2")
 _WEIGHT: Final = ".weight"
 _SCALES: Final = (".weight_scale", ".scale_weight")
@@ -60,12 +61,13 @@ class StoredTensor:
     Attributes:
         shape: the model's.
         encoding: ``plain``: values of the stored dtype; ``scaled``: fp8 times a scale for the tensor or for each row;
-            ``gguf``: blocks of the dtype; ``bnb4``: bitsandbytes' 4-bit blocks over all of the tensor.
+            ``gguf``: blocks of the dtype; ``bnb4``: bitsandbytes' 4-bit blocks over all of the tensor; ``sdnq``: as
+            SDNQ's config says.
         place: the tensor that holds it, and maybe others.
         rows: which of the stored rows are its own; all in their order where it is the only one.
         stride: each range of rows takes every so manieth stored row.
         aids: what else decodes it: ``scale``; or ``absmax``, ``quant_map`` and so on.
-        state: bitsandbytes' quantization state.
+        state: bitsandbytes' quantization state; SDNQ's settings, and whether it is ``transposed``.
     """
 
     shape: tuple[int, ...]
@@ -84,7 +86,7 @@ class StoredTensor:
     def stored_bytes(self) -> int:
         """Its share of the stored tensor's bytes, and of what decodes it."""
         held = self.place.info.num_bytes + sum(aid.info.num_bytes for aid in self.aids.values())
-        stored = self.place.info.num_values if self.encoding != "bnb4" else self.num_values
+        stored = self.place.info.num_values if self.encoding not in ("bnb4", "sdnq") else self.num_values
         return held * self.num_values // max(1, stored)
 
     @property
@@ -187,6 +189,16 @@ def _from_llama_cpp(name: str, tensor: StoredTensor) -> Iterator[tuple[str, Stor
     yield target, replace(tensor, rows=encoder_layouts.turned_rows(tensor.shape[0], head_dim), stride=2)
 
 
+def check_decodable(tensor: StoredTensor) -> None:
+    """Raises UsageError where the library that decodes it is not installed."""
+    for encoding, what in (("gguf", "is a GGUF file"), ("sdnq", "is quantized by SDNQ")):
+        if tensor.encoding == encoding and find_spec(encoding) is None:
+            raise UsageError(
+                f"{tensor.place.header.path} {what}, and {encoding} is not installed: "
+                f"pip install 'lowmem-flux2[{encoding}]'"
+            )
+
+
 def plain_view(headers: Iterable[FileHeader]) -> Mapping[str, StoredTensor]:
     """Every tensor as it is stored, under its own name."""
     places = [Place(header, name, info) for header in headers for name, info in header.tensors.items()]
@@ -230,6 +242,8 @@ def _is_aid(name: str, places: Mapping[str, Place]) -> bool:
     owner, dot, leaf = name.rpartition(".")
     if dot and leaf in _BNB_AIDS and owner in places:
         return True
+    if leaf in sdnq.AIDS and owner + _WEIGHT in places:
+        return True
     return _BNB_STATE in name
 
 
@@ -243,6 +257,9 @@ def _decoded(name: str, place: Place, places: Mapping[str, Place]) -> StoredTens
     owner = name.removesuffix(_WEIGHT)
     if info.dtype in BLOCKS:
         encoding = "gguf"
+    elif f"{owner}.scale" in places and (config := sdnq.config_beside(place.header.path)) is not None:
+        aids = {leaf: places[f"{owner}.{leaf}"] for leaf in sdnq.AIDS if f"{owner}.{leaf}" in places}
+        encoding, (shape, state) = "sdnq", _sdnq(name, place, aids, config)
     elif info.dtype in FP8:
         encoding, aids = "scaled", {"scale": _scale(name, place, places)}
     elif owner + _NVFP4 in places:
@@ -257,11 +274,39 @@ def _decoded(name: str, place: Place, places: Mapping[str, Place]) -> StoredTens
         _check_bnb(place, info, state, aids)
     elif info.dtype in ("I8", "U8") and name.endswith(_WEIGHT):
         hint = " (a weight of bitsandbytes' LLM.int8)" if f"{owner}.SCB" in places else ""
+        if f"{owner}.scale" in places:
+            hint = " (of SDNQ's, it seems, whose config.json is not beside it: give the folder of the whole model)"
         raise CheckpointBroken(
             f"{place.header.path}: {name!r} is stored as {info.dtype}{hint}, a quantization that is not read here: "
             "take the bf16, fp8, GGUF or bitsandbytes 4-bit release"
         )
     return StoredTensor(shape, encoding, place, ((0, shape[0] if shape else 1),), aids, state)
+
+
+def _sdnq(
+    name: str, place: Place, aids: Mapping[str, Place], config: Mapping[str, Any]
+) -> tuple[tuple[int, ...], Mapping[str, Any]]:
+    """Shape and settings of a Linear's weight; where it was made for a quantized matmul it lies transposed."""
+    settings = sdnq.settings_of(config, name, place.header.path)
+    info, scale = place.info, aids["scale"].info.shape
+    bits, svd = sdnq.bits_of(settings["weights_dtype"]), aids.get("svd_up")
+    values, rest = divmod(info.num_bytes * 8, bits) if info.dtype != "BOOL" else (info.num_values, 0)
+    transposed = len(scale) == 2 and scale[0] == 1 < scale[1] and info.shape[-1:] == scale[1:]
+    if transposed:
+        rows = scale[1]
+    elif scale and scale[0] > 1:
+        rows = scale[0]
+    elif info.num_values == values and len(info.shape) > 1:  # one scale for all of it
+        rows = info.shape[0]
+    else:
+        rows = max(svd.info.shape) if svd else 0
+    if rest or not rows or values % rows:
+        raise CheckpointBroken(
+            f"{place.header.path}: {name!r} is {info.dtype} of shape {list(info.shape)} with scales of shape "
+            f"{list(scale)}, which is no {settings['weights_dtype']} matrix of SDNQ's: weights and config.json are of "
+            "different models, or it is of a form that is not read here"
+        )
+    return (rows, values // rows), {**settings, "transposed": transposed}
 
 
 def _scale(name: str, place: Place, places: Mapping[str, Place]) -> Place:

@@ -17,9 +17,9 @@ import torch
 from lowmem_flux2.errors import CheckpointBroken
 from lowmem_flux2.planning.formats import NF4_BLOCK, NF4_NESTED_BLOCK
 from lowmem_flux2.planning.headers import FileHeader
-from lowmem_flux2.planning.stored import Place, StoredTensor, model_view, plain_view
+from lowmem_flux2.planning.stored import Place, StoredTensor, check_decodable, model_view, plain_view
 from lowmem_flux2.planning.weight_files import component_headers, no_tensor
-from lowmem_flux2.runtime.decoding import TORCH_DTYPES, check_decodable, decoded_rows
+from lowmem_flux2.runtime.decoding import TORCH_DTYPES, decoded_rows, rows_together
 from lowmem_flux2.runtime.rawfile import RawFile
 
 CONVERT_BYTES = 16 << 20
@@ -207,8 +207,8 @@ class TensorFile:
     def _read_stored(self, tensor: StoredTensor, first: int, destination: torch.Tensor, direct: bool) -> None:
         """Values of the stored tensor from its ``first`` on."""
         if tensor.encoding != "plain":
-            columns = tensor.row_values
-            step = max(1, DECODE_BYTES // 4 // columns)
+            columns, least = tensor.row_values, rows_together(tensor)
+            step = max(1, DECODE_BYTES // 4 // columns // least) * least
             rows = len(destination) // columns
             for row in range(0, rows, step):
                 count = min(step, rows - row)

@@ -1,4 +1,4 @@
-"""Values of tensors that a checkpoint holds quantized: fp8 with scales, GGUF blocks, bitsandbytes' 4-bit blocks.
+"""Values of tensors that a checkpoint holds quantized: fp8 with scales, GGUF, bitsandbytes' 4-bit blocks, SDNQ.
 
 A few rows at a time, straight from the file, in fp32. The values are the same to the last bit however rows are cut.
 """
@@ -6,14 +6,14 @@ A few rows at a time, straight from the file, in fp32. The values are the same t
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
+from math import prod
 
 import torch
 
-from lowmem_flux2.errors import UsageError
+from lowmem_flux2.planning import sdnq
 from lowmem_flux2.planning.gguf_header import BLOCKS
 from lowmem_flux2.planning.stored import Place, StoredTensor
-from lowmem_flux2.runtime.quantize import gguf_values
+from lowmem_flux2.runtime.quantize import gguf_values, sdnq_functions
 from lowmem_flux2.runtime.rawfile import RawFile
 
 TORCH_DTYPES = {
@@ -30,17 +30,23 @@ TORCH_DTYPES = {
     "BOOL": torch.bool,
 }
 """Of the names in safetensors and GGUF headers."""
+_PACKED_DTYPES = {"U16": torch.uint16, "I16": torch.int16}
+"""That SDNQ packs values of 9 to 15 bits into."""
+
+_SDNQ_ROWS = 64
+"""Decoded together: whole groups of packed values, and the same products however rows are cut."""
+_TRANSPOSED_ROWS = 512
+"""Of a matrix that lies transposed, where each column is a read of its own."""
 
 Open = Callable[[Place], RawFile]
 """The open file that holds a place."""
 
 
-def check_decodable(tensor: StoredTensor) -> None:
-    """Raises UsageError where the library that decodes it is not installed."""
-    if tensor.encoding == "gguf" and find_spec("gguf") is None:
-        raise UsageError(
-            f"{tensor.place.header.path} is a GGUF file, and gguf is not installed: pip install 'lowmem-flux2[gguf]'"
-        )
+def rows_together(tensor: StoredTensor) -> int:
+    """Rows, from a multiple of so many on, that are not decoded one by one."""
+    if tensor.encoding != "sdnq":
+        return 1
+    return _TRANSPOSED_ROWS if tensor.state["transposed"] else _SDNQ_ROWS
 
 
 def decoded_rows(tensor: StoredTensor, opened: Open, first: int, rows: int, direct: bool) -> torch.Tensor:
@@ -49,12 +55,17 @@ def decoded_rows(tensor: StoredTensor, opened: Open, first: int, rows: int, dire
         return _scaled(tensor, opened, first, rows, direct)
     if tensor.encoding == "gguf":
         return _gguf(tensor, opened, first, rows, direct)
+    if tensor.encoding == "sdnq":
+        grid = rows_together(tensor)
+        begin = first // grid * grid
+        parts = [_sdnq(tensor, opened, at, min(grid, tensor.shape[0] - at)) for at in range(begin, first + rows, grid)]
+        return torch.cat(parts)[first - begin :][:rows].reshape(-1)
     return _bnb4(tensor, opened, first, rows, direct)
 
 
 def _read(place: Place, opened: Open, first: int, count: int, direct: bool = False) -> torch.Tensor:
     """``count`` stored values from the ``first`` on."""
-    kind = TORCH_DTYPES[place.info.dtype]
+    kind = TORCH_DTYPES.get(place.info.dtype) or _PACKED_DTYPES[place.info.dtype]
     values = torch.empty(count, dtype=kind)
     opened(place).read_into(values, place.offset + first * kind.itemsize, direct)
     return values
@@ -101,3 +112,46 @@ def _absmax(tensor: StoredTensor, opened: Open, first: int, stop: int) -> torch.
     code = _read(tensor.aids["nested_quant_map"], opened, 0, 256)
     places = torch.arange(first, stop) // nested - first // nested
     return code[stored.to(torch.int32)] * outer[places] + float(tensor.state["nested_offset"])
+
+
+def _sdnq(tensor: StoredTensor, opened: Open, first: int, rows: int) -> torch.Tensor:
+    """Rows of a matrix, (rows, columns) in fp32; from a multiple of ``rows_together`` on, or all that are left."""
+    of_all, state, aids = tensor.shape[0], tensor.state, {}
+    for leaf, aid in tensor.aids.items():
+        shape = aid.info.shape
+        if leaf == "svd_down" or of_all not in shape:  # of the whole matrix
+            part = _read(aid, opened, 0, aid.info.num_values).view(shape)
+            aids[leaf] = part.t() if leaf == "svd_down" and shape[1] != tensor.row_values else part
+        elif shape[0] == of_all:
+            part = _read(aid, opened, first * prod(shape[1:]), rows * prod(shape[1:]))
+            aids[leaf] = part.view(rows, *shape[1:])
+        else:
+            aids[leaf] = _columns(aid, opened, first, rows)
+        if aids[leaf].dtype in (torch.float16, torch.bfloat16):
+            aids[leaf] = aids[leaf].float()
+    shape, scale, stored = torch.Size((rows, tensor.row_values)), aids["scale"], tensor.place.info
+    grouped = torch.Size((rows, scale.shape[1], shape[1] // scale.shape[1])) if scale.ndim == 3 else shape
+    if state["transposed"]:
+        weight = _columns(tensor.place, opened, first, rows)
+    else:
+        start, stop = (row * shape[1] * stored.num_values // tensor.num_values for row in (first, first + rows))
+        weight = _read(tensor.place, opened, start, stop - start)
+        weight = weight.view(grouped if stored.num_values == tensor.num_values else (-1, *stored.shape[1:]))
+    dequantize, hadamard = sdnq_functions()
+    turned = sdnq.hadamard_size(state, shape[1])
+    return dequantize(
+        weight=weight,
+        **aids,
+        hadamard=hadamard(turned) if turned else None,
+        dtype=torch.float32,
+        result_shape=shape,
+        quantized_weight_shape=grouped,
+        layer_class_name="Linear",
+        **{key: state[key] for key in ("weights_dtype", "group_size", "use_codebook")},
+    )
+
+
+def _columns(place: Place, opened: Open, first: int, count: int) -> torch.Tensor:
+    """Columns of a stored matrix as rows."""
+    rows, columns = place.info.shape
+    return torch.stack([_read(place, opened, row * columns + first, count) for row in range(rows)], dim=1)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from lowmem_flux2.errors import CheckpointMissing, DoesNotFit
+from lowmem_flux2.planning.headers import FileHeader
 from lowmem_flux2.planning.hub import explain_hub_error, hub_client
 from lowmem_flux2.planning.models import Component
 from lowmem_flux2.planning.sources import ModelSource, SingleFile, SinglePart, resolve_model
-from lowmem_flux2.planning.weight_files import component_headers, every_tensor, read_index
+from lowmem_flux2.planning.stored import check_decodable, model_view
+from lowmem_flux2.planning.weight_files import component_headers, every_tensor, read_index, weight_header
 
 _PARTS = ("scheduler/*", "tokenizer/*", "transformer/*", "text_encoder/*", "vae/*", "*.json")
 _PICKLES = ("*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.onnx")
@@ -52,8 +56,13 @@ def with_weights(source: ModelSource, *, offline: bool) -> ModelSource:
     Raises:
         CheckpointMissing, CheckpointAccess: not to be had; the message says why and what to do.
         DoesNotFit: the disk is too small, before the first byte of a weight.
+        UsageError: a library that decodes them is not installed; rather now than after a stage.
     """
+    if source.single is not None:
+        _check_decodable((weight_header(source.single.file),))
     if source.folder is not None:
+        for part in get_args(Component):
+            _check_decodable(component_headers(source.folder / part, partial(source.spec.needs, part)))
         return source
     if source.single is not None:
         return _with_parts(source, source.single, offline)
@@ -68,6 +77,11 @@ def with_weights(source: ModelSource, *, offline: bool) -> ModelSource:
             f"{source.repo_id}: the download is not complete; run the command again to go on with it"
         )
     return found
+
+
+def _check_decodable(headers: Iterable[FileHeader]) -> None:
+    for tensor in model_view(headers).values():
+        check_decodable(tensor)
 
 
 def with_whole_text_encoder(source: ModelSource, *, offline: bool, sees: bool = False) -> ModelSource:

@@ -3,17 +3,15 @@
 The stored tensors are plain buffers, so layouts, streaming and the prepared store treat a quantized block like any
 other. Only this file knows a quantization library. int8 and int4 are optimum-quanto's qint8 (per row) and qint4 (in
 groups of 128), equal in every value, but in torch alone. int6 is int4's scheme with 64 levels. nf4 is bitsandbytes'.
-w8a8 is stored as int8 and multiplies integers (`int8_matmul`, which says why torchao does not).
-
-Why not optimum-quanto itself: 0.2.7, its last release, is of 2025-03. With torch 2.13 and transformers 5.24 it still
-quantizes right (2026-11-25), but its tensor subclasses cannot be bound to a slot, qint4 compiles a C++ extension at its
-first use, it calls torch.jit.script_method, which torch has deprecated, and diffusers has deprecated QuantoConfig.
+w8a8 is stored as int8 and multiplies integers (`int8_matmul`, which says why torchao does not). Why not optimum-quanto
+itself: the README's section on installing says it.
 """
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from math import gcd
 from typing import ClassVar
@@ -371,6 +369,15 @@ def gguf_values(kind: str, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Te
 
     values: torch.Tensor = dequantize_functions[GGMLQuantizationType[kind]](blocks, *BLOCKS[kind], dtype)
     return values
+
+
+@cache
+def sdnq_functions() -> tuple[Callable[..., torch.Tensor], ...]:
+    """sdnq's ``dequantize_weight`` and ``get_hadamard``: eager, for importing it would compile."""
+    os.environ |= {"SDNQ_USE_TORCH_COMPILE": "0", "SDNQ_USE_OPENVINO_MM": "0"} | os.environ
+    from sdnq import dequantizer, quant_utils
+
+    return dequantizer.dequantize_weight, quant_utils.get_hadamard
 
 
 STORED: dict[str, type[StoredLinear]] = {
