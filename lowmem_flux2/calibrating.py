@@ -174,7 +174,7 @@ def _comparison(assumed: Hardware, found: Hardware) -> Table:
         if field == "compute_capability" or (found.device == "cpu" and field in _OF_A_GPU):
             continue
         before, after = (quantity(field, value_of(hardware, field)) for hardware in (assumed, found))
-        table.add_row(field, before, after if source != assumed.provenance[field] else "-")
+        table.add_row(field, before, after if source != assumed.provenance.get(field) else "-")
     return table
 
 

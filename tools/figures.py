@@ -1,7 +1,7 @@
 """Write the measured figures of the weight formats into planning/fidelity_figures.py: python tools/figures.py
 
 From benchmarks/results/weight-errors.json (benchmarks/weight_errors.py) and, where it is, fidelity-shapes.json
-(benchmarks/fidelity.py). The planner's order of formats follows from them, so docs/plans.md may change:
+(benchmarks/fidelity.py). The planner's order of formats follows from them, so the README's plans may change:
 python tools/plans.py.
 """
 

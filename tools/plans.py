@@ -1,4 +1,4 @@
-"""Write docs/plans.md, and what the README shows of plans, as planned now: python tools/plans.py"""
+"""Write what the README shows of plans, as planned now: python tools/plans.py"""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from lowmem_flux2.planning.selection import Selection
 from lowmem_flux2.planning.sources import resolve_model
 from lowmem_flux2.planning.support import SUPPORTED
 from lowmem_flux2.planning.workload import make_request
-from lowmem_flux2.tables import COMMON, document, markdown, rows
+from lowmem_flux2.tables import COMMON, markdown, rows
 from lowmem_flux2.units import GIB
 
 EXAMPLE = ("<!-- example: written by tools/plans.py -->", "<!-- end of example -->")
 PLANS = ("<!-- plans: written by tools/plans.py -->", "<!-- end of plans -->")
+OTHERS = ("<!-- other plans: written by tools/plans.py -->", "<!-- end of other plans -->")
 MODEL, PROFILE, RAM_GIB = "flux2-dev", "rtx-4070-12gb", 24
 
 
@@ -40,7 +41,8 @@ def example() -> str:
 
 def rewritten(readme: str) -> str:
     """The README with what lies between the marks written anew."""
-    for (begin, end), text in ((EXAMPLE, example()), (PLANS, markdown(rows(COMMON)))):
+    others = markdown(rows(name for name in list_profiles() if name not in COMMON))
+    for (begin, end), text in ((EXAMPLE, example()), (PLANS, markdown(rows(COMMON))), (OTHERS, others)):
         before, _, rest = readme.partition(begin)
         _, _, after = rest.partition(end)
         readme = f"{before}{begin}\n\n{text}\n\n{end}{after}"
@@ -48,7 +50,5 @@ def rewritten(readme: str) -> str:
 
 
 if __name__ == "__main__":
-    root = Path(__file__).resolve().parents[1]
-    (root / "docs" / "plans.md").write_text(document(list_profiles()), encoding="utf-8")
-    readme = root / "README.md"
+    readme = Path(__file__).resolve().parents[1] / "README.md"
     readme.write_text(rewritten(readme.read_text(encoding="utf-8")), encoding="utf-8")

@@ -15,7 +15,7 @@ from lowmem_flux2.planning.file_bytes import (
 )
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
-from lowmem_flux2.planning.passages import Tiers, in_file, passages, tiers_of
+from lowmem_flux2.planning.passages import Tiers, passages, tiers_of
 from lowmem_flux2.planning.plan import Placement, StagePlan
 from lowmem_flux2.planning.stage_cost import StageCost
 from lowmem_flux2.planning.stage_work import StageWork, before_weights, stage_work
@@ -86,7 +86,7 @@ def room_bytes(work: StageWork, ram_bytes: int) -> int:
 
 def loaded_bytes(work: StageWork, tiers: Tiers) -> int:
     """What is read before the first block is computed, paddings included."""
-    return in_file(tiers.gpu + tiers.pinned + tiers.pageable, work.file_ratio) + work.other_file_bytes
+    return work.file_form.in_file(tiers.gpu + tiers.pinned + tiers.pageable) + work.other_file_bytes
 
 
 def load_ns(work: StageWork, tiers: Tiers, hardware: Hardware) -> int:
@@ -95,6 +95,7 @@ def load_ns(work: StageWork, tiers: Tiers, hardware: Hardware) -> int:
     One block is copied to the device while the next is read, so the slower of the two counts. The page cache is cold.
     """
     busy = nanoseconds(loaded_bytes(work, tiers), hardware.load_bytes_per_s)
+    busy += work.file_form.decode_ns(tiers.gpu + tiers.pinned + tiers.pageable)
     if hardware.device == "cuda":
         to_device = tiers.gpu + work.kept_bytes + work.once_bytes
         busy = max(busy, nanoseconds(to_device, hardware.h2d_pageable_bytes_per_s))
@@ -104,7 +105,7 @@ def load_ns(work: StageWork, tiers: Tiers, hardware: Hardware) -> int:
 
 def stage_timeline(stage: StagePlan, work: StageWork, hardware: Hardware) -> Timeline:
     """The rounds of a stage, as its placements and slots have them."""
-    ways = passages(stage, work.block_bytes, hardware, work.file_ratio)
+    ways = passages(stage, work.block_bytes, hardware, work.file_form)
     return simulate(ways, work.compute_ns, work.between_ns, stage.slots, min(work.rounds, ROUNDS_SIMULATED))
 
 
@@ -123,7 +124,7 @@ def stage_cost(stage: StagePlan, model: ModelSpec, workload: Workload, hardware:
     pinned_ring = tiers.ring if tiers.pinned + tiers.ring <= hardware.pinnable_bytes else 0
     compute = work.first_ns + work.rounds * (sum(work.compute_ns) + work.between_ns)
     from_disk = [placement is Placement.DISK for placement in stage.block_placements]
-    ways = passages(stage, work.block_bytes, hardware, work.file_ratio)
+    ways = passages(stage, work.block_bytes, hardware, work.file_form)
     reads = sum(way.copy_ns if on_host else way.read_ns for way, disk in zip(ways, from_disk, strict=True) if disk)
     copies = sum(way.copy_ns for way, disk in zip(ways, from_disk, strict=True) if not (disk and on_host))
     return StageCost(
@@ -144,6 +145,7 @@ def stage_cost(stage: StagePlan, model: ModelSpec, workload: Workload, hardware:
         run_s=run / 1e9,
         time_s=(load + run) / 1e9,
         compute_s=compute / 1e9,
+        expand_s=work.rounds * work.expand_ns / 1e9,
         copy_s=work.rounds * copies / 1e9,
         read_s=work.rounds * reads / 1e9,
         waiting_s=(run - compute) / 1e9,

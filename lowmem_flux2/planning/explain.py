@@ -15,7 +15,7 @@ from lowmem_flux2.planning.batches import batch_sizes
 from lowmem_flux2.planning.cost import stage_cost
 from lowmem_flux2.planning.formats import DTYPE_BYTES
 from lowmem_flux2.planning.models import ModelSpec
-from lowmem_flux2.planning.plan import Placement, Plan
+from lowmem_flux2.planning.plan import Placement, Plan, StagePlan
 from lowmem_flux2.planning.upsampling import NEW_TOKENS
 from lowmem_flux2.planning.workload import token_counts
 from lowmem_flux2.units import GIB, format_bytes, format_seconds
@@ -134,6 +134,18 @@ def _bars(plan: Plan) -> list[Text]:
     return lines
 
 
+EXPANDING_SHARE = 0.05
+"""Of a stage's run; less is not worth a word."""
+
+
+def _expanding(stage: StagePlan) -> list[str]:
+    """What expanding its weights takes of a stage, where it counts."""
+    cost = stage.cost
+    if cost.expand_s <= EXPANDING_SHARE * cost.run_s:
+        return []
+    return [f"expanding {stage.weight_format}: {format_seconds(cost.expand_s)} ({cost.expand_s / cost.run_s:.0%})"]
+
+
 def _reasons(plan: Plan) -> list[Text]:
     lines = []
     for stage in plan.stages:
@@ -143,5 +155,6 @@ def _reasons(plan: Plan) -> list[Text]:
         elif stage.cached_batches:
             batches = len(batch_sizes(plan.workload, stage.batch_size))
             reasons = (f"{stage.cached_batches} of {batches} batches of prompts are in the prompt cache", *reasons)
+        reasons = (*reasons, *_expanding(stage))
         lines += [Text(f"{stage.stage}: " + "; ".join(reasons))] if reasons else []
     return lines

@@ -8,7 +8,7 @@ again. On a calibrated machine the fraction is 1.0 and the numbers are measured.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +49,7 @@ FIRST_PASS_S = 0.0
 LIBRARIES_HOST_BYTES = 360 * MIB
 CUDA_HOST_BYTES = 600 * MIB
 ALLOCATOR_OVERHEAD_BYTES = 64 * MIB
+MEMORY_BYTES_PER_S = 144e9
 ASSUMED: Mapping[str, str] = {
     "convolution_share": "assumption, to be calibrated",
     "layer_overheads": "assumption, to be calibrated: a layer has as many launches as a block",
@@ -59,6 +60,7 @@ ASSUMED: Mapping[str, str] = {
     "(measured 2026-11-23), and 41 MiB for tokenizer and configs, an assumption",
     "cuda_host_bytes": "assumption, to be calibrated",
     "allocator_overhead_bytes": "assumption, to be calibrated: cuBLAS and cuDNN workspaces are 8 to 32 MiB each",
+    "memory_bytes_per_s": "assumption, to be calibrated: the slowest shipped card's",
 }
 """Where the default of each field comes from that no shipped profile sets."""
 
@@ -94,6 +96,9 @@ class Hardware:
         libraries_host_bytes: RAM of Python with the libraries, before any weight is read.
         cuda_host_bytes: RAM that CUDA adds to it once it is initialised; not counted on a CPU.
         allocator_overhead_bytes: device memory for library workspaces and what the allocator holds beyond tensors.
+        memory_bytes_per_s: what operators reach of reading and writing the compute device's memory.
+        expand_bytes_per_s: the same while weights of a format are expanded (``expansion.TRAFFIC`` says what counts);
+            a format that is absent takes ``memory_bytes_per_s``.
         calibrated: date (2026-11-24) of the measurements on this machine; "" for a profile that was not measured here.
     """
 
@@ -121,6 +126,8 @@ class Hardware:
     libraries_host_bytes: int = LIBRARIES_HOST_BYTES
     cuda_host_bytes: int = CUDA_HOST_BYTES
     allocator_overhead_bytes: int = ALLOCATOR_OVERHEAD_BYTES
+    memory_bytes_per_s: float = MEMORY_BYTES_PER_S
+    expand_bytes_per_s: Mapping[str, float] = field(default_factory=dict)
     calibrated: str = ""
 
     @property
@@ -129,20 +136,22 @@ class Hardware:
         return self.load_share * self.disk_read_bytes_per_s
 
 
-def with_value(hardware: Hardware, field: str, value: float, source: str) -> Hardware:
-    """The same with one number replaced; ``field`` as in its provenance (``matmul_flops_per_s.bf16`` for a class)."""
-    name, _, key = field.partition(".")
-    provenance = {**hardware.provenance, field: source}
-    made: object = {**hardware.matmul_flops_per_s, key: value} if key else value
+def with_value(hardware: Hardware, path: str, value: float, source: str) -> Hardware:
+    """The same with one number replaced; ``path`` as in its provenance (``matmul_flops_per_s.bf16`` for a class)."""
+    name, _, key = path.partition(".")
+    provenance = {**hardware.provenance, path: source}
+    made: object = {**getattr(hardware, name), key: value} if key else value
     if name.endswith("_bytes"):
         made = round(value)
     return replace(hardware, provenance=provenance, **{name: made})  # type: ignore[arg-type]
 
 
-def value_of(hardware: Hardware, field: str) -> float:
-    """The number that ``with_value`` would replace."""
-    name, _, key = field.partition(".")
-    return float(hardware.matmul_flops_per_s[key] if key else getattr(hardware, name))
+def value_of(hardware: Hardware, path: str) -> float:
+    """The number that ``with_value`` would replace, or that stands for one which is not there."""
+    name, _, key = path.partition(".")
+    if name == "expand_bytes_per_s":
+        return hardware.expand_bytes_per_s.get(key, hardware.memory_bytes_per_s)
+    return float(getattr(hardware, name)[key] if key else getattr(hardware, name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,11 +211,22 @@ def _hardware(parsed: ProfileFile) -> Hardware:
         provenance[f"matmul_flops_per_s.{kind}"] = achieved(f"matmul_tflops.{kind}", "matmul_fraction")
     provenance["attention_flops_per_s"] = achieved("compute.attention_tflops", "attention_fraction")
     optional: dict[str, Any] = {}
-    for field, key in _OPTIONAL_KEYS.items():
+    if memory := parsed.memory:
+        optional["memory_bytes_per_s"] = memory.bandwidth * memory.fraction
+        share = f"; x {memory.fraction:g} achievable ({sources['memory.fraction']})" if memory.fraction < 1 else ""
+        provenance["memory_bytes_per_s"] = sources["memory.bandwidth"] + share
+    elif gpu is None:
+        optional["memory_bytes_per_s"] = parsed.link.h2d_pageable
+        provenance["memory_bytes_per_s"] = f"the rate of a copy: {sources['link.h2d_pageable']}"
+    else:
+        provenance["memory_bytes_per_s"] = ASSUMED["memory_bytes_per_s"]
+    expand: dict[str, float] = parsed.expand.model_dump(exclude_none=True) if parsed.expand else {}
+    provenance |= {f"expand_bytes_per_s.{name}": sources[f"expand.{name}"] for name in expand}
+    for name, key in _OPTIONAL_KEYS.items():
         table, _, leaf = key.partition(".")
         value = getattr(getattr(parsed, table), leaf, None)
         if value is not None:
-            optional[field] = value * 1e-3 if field in _MILLI else value
+            optional[name] = value * 1e-3 if name in _MILLI else value
     return Hardware(
         name=parsed.name,
         device=parsed.device,
@@ -225,6 +245,7 @@ def _hardware(parsed: ProfileFile) -> Hardware:
         block_overhead_s=compute.block_overhead_us * 1e-6,
         provenance=provenance,
         **optional,
+        expand_bytes_per_s=expand,
         calibrated=parsed.calibration.date if parsed.calibration else "",
     )
 
@@ -315,6 +336,8 @@ def profile_text(hardware: Hardware, title: str, identity: Identity) -> str:
             "stage_setup_ms": hardware.stage_setup_s * 1e3,
             "first_pass_ms": hardware.first_pass_s * 1e3,
         },
+        "memory": {"bandwidth": rate_text(hardware.memory_bytes_per_s), "fraction": 1.0},
+        "expand": {name: rate_text(rate) for name, rate in hardware.expand_bytes_per_s.items()},
         "link": {
             "h2d_pinned": rate_text(hardware.h2d_pinned_bytes_per_s),
             "h2d_pageable": rate_text(hardware.h2d_pageable_bytes_per_s),
@@ -335,6 +358,11 @@ def profile_text(hardware: Hardware, title: str, identity: Identity) -> str:
         "compute.attention_tflops": hardware.provenance["attention_flops_per_s"],
         "compute.matmul_fraction": achieved,
         "compute.attention_fraction": achieved,
+        "memory.bandwidth": hardware.provenance["memory_bytes_per_s"],
+        "memory.fraction": achieved,
+    }
+    texts |= {
+        f"expand.{name}": hardware.provenance[f"expand_bytes_per_s.{name}"] for name in hardware.expand_bytes_per_s
     }
     numbers = [
         f"{name}.{key}"

@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Final, Literal
 
+from lowmem_flux2.planning.file_sizes import FileSizes
+
 BlockKind = Literal["double", "single", "layer"]
 Architecture = Literal["mistral3", "qwen3"]
 Form = Literal["dev", "klein"]
@@ -351,6 +353,7 @@ class ModelSpec:
         source: alias, folder or hub id, for messages.
         stored_dtype: what the transformer's checkpoint stores.
         text_stored_dtype, vae_stored_dtype: what the others' store; None where only the transformer's is known.
+        transformer_files, text_files: what files with quantized weights hold; None where they are not, or not there.
     """
 
     name: str
@@ -364,6 +367,12 @@ class ModelSpec:
     defaults: ModelDefaults
     text_stored_dtype: StoredDtype | None = None
     vae_stored_dtype: StoredDtype | None = None
+    transformer_files: FileSizes | None = None
+    text_files: FileSizes | None = None
+
+    def file_sizes_of(self, component: str) -> FileSizes | None:
+        """What the component's quantized files hold; None where a dtype says it all."""
+        return {"transformer": self.transformer_files, "text_encoder": self.text_files}.get(component)
 
     def stored_dtype_of(self, component: str) -> StoredDtype:
         """What the component's files store; the transformer's where that is not known."""

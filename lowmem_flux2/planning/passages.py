@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,13 +26,28 @@ class Tiers(NamedTuple):
     ring: int
 
 
-FileRatio = tuple[int, int]
-"""Bytes of a weight in its file, and at rest in memory: (4, 2) where an fp32 checkpoint is read as bf16."""
+class FileForm(NamedTuple):
+    """How blocks in their files compare with what they are at rest in memory.
+
+    ``stored`` bytes there are ``held`` bytes here: (4, 2) where an fp32 checkpoint is read as bf16. Values that are
+    decoded while they are read come at ``decoded_bytes_per_s`` of what is held, by the thread that reads.
+    """
+
+    stored: int = 1
+    held: int = 1
+    decoded_bytes_per_s: float = math.inf
+
+    def in_file(self, span_bytes: int) -> int:
+        """What is read to fill so many bytes of spans, their padding counted as if it were read."""
+        return span_bytes * self.stored // self.held
+
+    def decode_ns(self, span_bytes: int) -> int:
+        """To decode so many bytes of spans."""
+        return nanoseconds(span_bytes, self.decoded_bytes_per_s)
 
 
-def in_file(span_bytes: int, ratio: FileRatio) -> int:
-    """What is read to fill so many bytes of spans, their padding counted as if it were read."""
-    return span_bytes * ratio[0] // ratio[1]
+AS_HELD = FileForm()
+"""The prepared store's: what rests in memory, padding and all."""
 
 
 def tiers_of(stage: StagePlan, sizes: Sequence[int], on_host: bool) -> Tiers:
@@ -56,7 +72,7 @@ def tiers_of(stage: StagePlan, sizes: Sequence[int], on_host: bool) -> Tiers:
     )
 
 
-def passage(placement: Placement, block_bytes: int, hardware: Hardware, file_ratio: FileRatio = (1, 1)) -> Passage:
+def passage(placement: Placement, block_bytes: int, hardware: Hardware, file_form: FileForm = AS_HELD) -> Passage:
     """How one block comes to the compute device from where it rests, and how long each part takes.
 
     On a GPU a disk block is read into the pinned ring and copied from there. On a CPU the worker thread brings every
@@ -64,7 +80,9 @@ def passage(placement: Placement, block_bytes: int, hardware: Hardware, file_rat
     """
     if placement is Placement.GPU:
         return Passage(Way.RESIDENT, 0, 0)
-    read = nanoseconds(in_file(block_bytes, file_ratio), hardware.disk_read_bytes_per_s)
+    read = nanoseconds(file_form.in_file(block_bytes), hardware.disk_read_bytes_per_s) + file_form.decode_ns(
+        block_bytes
+    )
     pageable = nanoseconds(block_bytes, hardware.h2d_pageable_bytes_per_s)
     if hardware.device == "cpu":
         return Passage(Way.PAGEABLE, 0, read if placement is Placement.DISK else pageable)
@@ -77,8 +95,8 @@ def passage(placement: Placement, block_bytes: int, hardware: Hardware, file_rat
 
 
 def passages(
-    stage: StagePlan, sizes: Sequence[int], hardware: Hardware, file_ratio: FileRatio = (1, 1)
+    stage: StagePlan, sizes: Sequence[int], hardware: Hardware, file_form: FileForm = AS_HELD
 ) -> list[Passage]:
     """One for each block, in the order of use."""
-    ways = {pair: passage(*pair, hardware, file_ratio) for pair in set(zip(stage.block_placements, sizes, strict=True))}
+    ways = {pair: passage(*pair, hardware, file_form) for pair in set(zip(stage.block_placements, sizes, strict=True))}
     return [ways[pair] for pair in zip(stage.block_placements, sizes, strict=True)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS
+from lowmem_flux2.planning.file_bytes import component_file_bytes
+from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import OUT_LAYERS, ModelSpec
 from lowmem_flux2.planning.plan import WHOLE_TEXT_ENCODER, Preparation, StagePlan
@@ -38,8 +39,8 @@ def preparations(
 ) -> tuple[Preparation, ...]:
     """What must be made for these stages, beside what is ``prepared``.
 
-    Each block is read, quantized, checked and written, one after the other. The disk is taken to write as fast as it
-    reads: an assumption, profiles have no rate of writing.
+    Each block is read (and decoded, where its file has it quantized), quantized, checked and written, one after the
+    other. The disk is taken to write as fast as it reads: an assumption, profiles have no rate of writing.
     """
     missing = []
     there = set(prepared)
@@ -57,8 +58,10 @@ def preparations(
             layers = model.text_encoder.num_layers
             blocks, sizes = (model.text_encoder.layer,) * layers, sizes[:1] * layers
         weights = sum(block.total_weights for block in blocks)
-        read, written = DTYPE_BYTES[model.stored_dtype_of(stage.component)] * weights, sum(sizes)
+        read, written = component_file_bytes(model, stage.component, blocks), sum(sizes)
         seconds = (read + written) / hardware.disk_read_bytes_per_s + written / CHECKSUM_BYTES_PER_S
+        if (files := model.file_sizes_of(stage.component)) is not None:
+            seconds += weights / files.decoded_weights_per_s
         seconds += weights / WEIGHTS_PER_S.get(fmt.stored_as, SLOWEST_WEIGHTS_PER_S)
         missing.append(Preparation(name, fmt.stored_as, read, written, seconds))
     return tuple(missing)

@@ -106,6 +106,24 @@ class ComputeTable(_Table):
     first_pass_ms: Milliseconds | None = None
 
 
+class MemoryTable(_Table):
+    """The compute device's own memory: peak rate of reads and writes together, and what operators achieve of it."""
+
+    bandwidth: Rate
+    fraction: Fraction
+
+
+class ExpandTable(_Table):
+    """Memory traffic a second while weights of a format are expanded; ``planning.expansion`` says what counts."""
+
+    int8: Rate | None = None
+    int6: Rate | None = None
+    fp8: Rate | None = None
+    nf4: Rate | None = None
+    int4: Rate | None = None
+    gguf: Rate | None = None
+
+
 class LinkTable(_Table):
     h2d_pinned: Rate
     h2d_pageable: Rate
@@ -144,6 +162,8 @@ class ProfileFile(_Table):
     gpu: GpuTable | None = None
     matmul_tflops: MatmulTable
     compute: ComputeTable
+    memory: MemoryTable | None = None
+    expand: ExpandTable | None = None
     link: LinkTable
     host: HostTable
     disk: DiskTable

@@ -97,7 +97,7 @@ class TieredBlocks:
         self.largest_resident = [0, *accumulate(self.sizes, max)]
         self.largest_streamed = [0, *accumulate(reversed(self.sizes), max)][::-1]
         ways = {
-            (placement, size): passage(placement, size, hardware, work.file_ratio)
+            (placement, size): passage(placement, size, hardware, work.file_form)
             for size in set(self.sizes)
             for placement in Placement
         }

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from lowmem_flux2.planning.cost import device_bytes
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
-from lowmem_flux2.planning.passages import in_file
 from lowmem_flux2.planning.plan import Limits, Plan
 from lowmem_flux2.planning.stage_cost import Bottleneck
 from lowmem_flux2.planning.stage_work import StageWork, stage_work
@@ -58,7 +57,7 @@ def roofline(plan: Plan, model: ModelSpec) -> Roofline:
     return Roofline(
         compute_s=rounds * (sum(work.compute_ns) + work.between_ns) / 1e9,
         link_s=0.0 if hardware.device == "cpu" else rounds * beyond_device / hardware.h2d_pinned_bytes_per_s,
-        disk_s=rounds * in_file(beyond_ram, work.file_ratio) / hardware.disk_read_bytes_per_s,
+        disk_s=rounds * work.file_form.in_file(beyond_ram) / hardware.disk_read_bytes_per_s,
     )
 
 

@@ -241,6 +241,7 @@ def check_folder(folder: Path, spec: ModelSpec, source: str) -> ModelSpec:
         as_stored(spec, found["transformer"]),
         text_encoder=replace(spec.text_encoder, packed=packed_layers(model_view(text.headers), spec.text_encoder)),
         text_stored_dtype=text.stored_dtype,
+        text_files=text.sizes,
         vae_stored_dtype=found["vae"].stored_dtype,
     )
 
@@ -248,7 +249,7 @@ def check_folder(folder: Path, spec: ModelSpec, source: str) -> ModelSpec:
 def as_stored(spec: ModelSpec, held: ComponentWeights) -> ModelSpec:
     """The spec of a model whose transformer is stored like this."""
     dims = replace(spec.transformer, packed=packed_blocks(model_view(held.headers), spec.transformer))
-    return replace(spec, stored_dtype=held.stored_dtype, transformer=dims)
+    return replace(spec, stored_dtype=held.stored_dtype, transformer=dims, transformer_files=held.sizes)
 
 
 def hub_configs(

@@ -18,8 +18,8 @@ class StageCost:
     ``activation_bytes`` includes the format's transient, and the conditioning weights where they need more than what
     comes after them. ``time_s`` is ``load_s + run_s``, from a cold page cache. While the stage runs, three lanes work,
     at the same time where they can: ``compute_s``, ``copy_s`` (streamed blocks to the device) and ``read_s`` (streamed
-    blocks from disk). ``waiting_s`` is the part of ``run_s`` that computes nothing; ``rounds`` are the passes over the
-    blocks.
+    blocks from disk). ``expand_s`` is the part of ``compute_s`` that expands quantized weights; ``waiting_s`` is the
+    part of ``run_s`` that computes nothing; ``rounds`` are the passes over the blocks.
     """
 
     resident_bytes: int = 0
@@ -37,6 +37,7 @@ class StageCost:
     run_s: float = 0.0
     time_s: float = 0.0
     compute_s: float = 0.0
+    expand_s: float = 0.0
     copy_s: float = 0.0
     read_s: float = 0.0
     waiting_s: float = 0.0

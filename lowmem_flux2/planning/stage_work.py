@@ -19,10 +19,12 @@ from lowmem_flux2.planning.activations import (
 )
 from lowmem_flux2.planning.adapters import kept_bytes
 from lowmem_flux2.planning.batches import batch_sizes, batches_a_pass
+from lowmem_flux2.planning.chunks import chunk_bounds
+from lowmem_flux2.planning.expansion import expand_seconds, reading_seconds
 from lowmem_flux2.planning.file_bytes import (
     block_file_bytes,
-    file_ratio,
-    stored_bytes,
+    file_form,
+    other_file_bytes,
     text_file_bytes,
     transformer_file_bytes,
     vae_file_bytes,
@@ -44,7 +46,7 @@ from lowmem_flux2.planning.flops import (
 from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS, GGUF
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
-from lowmem_flux2.planning.passages import FileRatio
+from lowmem_flux2.planning.passages import AS_HELD, FileForm
 from lowmem_flux2.planning.plan import ONE_BY_ONE, StagePlan
 from lowmem_flux2.planning.step_caches import steps_taken
 from lowmem_flux2.planning.tiles import tiled_pixels_ratio
@@ -76,7 +78,8 @@ class StageWork:
 
     Args:
         block_bytes: stored bytes of each block, in the order of use.
-        compute_ns: of each block in one round, all guidance passes together.
+        compute_ns: of each block in one round, all guidance passes together, its weights' expansion included.
+        expand_ns: of that, the expansion of all blocks' weights.
         between_ns: computed once a round outside the blocks.
         rounds: passes over the blocks.
         first_ns: computed besides: what the first round takes longer, and the steps that a step cache stands for.
@@ -90,7 +93,7 @@ class StageWork:
         host_bytes: tensors that the stage is given in RAM.
         result_bytes: tensors that it makes there beside the arenas.
         block_file_bytes: of each block in its file: the prepared store's, or the checkpoint's in its own dtype.
-        file_ratio: these beside ``block_bytes``, paddings apart.
+        file_form: these beside ``block_bytes``, paddings apart.
         other_file_bytes: all that is read beside blocks, from the checkpoint.
     """
 
@@ -103,12 +106,13 @@ class StageWork:
     overhead_bytes: int
     kept_bytes: int
     activation_bytes: int
+    expand_ns: int = 0
     once_bytes: int = 0
     passing_bytes: int = 0
     host_bytes: int = 0
     result_bytes: int = 0
     block_file_bytes: tuple[int, ...] = ()
-    file_ratio: FileRatio = (1, 1)
+    file_form: FileForm = AS_HELD
     other_file_bytes: int = 0
 
 
@@ -159,9 +163,15 @@ def _denoise_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwa
     double, single, attention = block_flops(model, workload, batch)
     chunks = workload.sequence_tokens // stage.chunk_tokens if stage.chunk_tokens else 1
     launches_s = CHUNK_OVERHEADS * overhead_s * max(chunks - 1, 0)
+    expand_s = [
+        passes * expand_seconds(hardware, fmt, dtype_bytes, weights) for weights in _expanded(stage, model, workload)
+    ]
     double_ns, single_ns = (
-        nanoseconds(passes * (compute_seconds(hardware, stage.compute_dtype, linear, attention, fmt) + launches_s), 1)
-        for linear in (double, single)
+        nanoseconds(
+            passes * (compute_seconds(hardware, stage.compute_dtype, linear, attention, fmt) + launches_s) + expanding,
+            1,
+        )
+        for linear, expanding in zip((double, single), expand_s, strict=True)
     )
     text_input = passes * workload.text_tokens * dims.joint_dim * dtype_bytes
     largest_embedder = max(6 * dims.hidden_size, dims.joint_dim) * dims.hidden_size
@@ -176,6 +186,7 @@ def _denoise_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwa
     return StageWork(
         block_bytes=tuple(block_sizes(stage, model)),
         compute_ns=(double_ns,) * dims.num_double + (single_ns,) * dims.num_single,
+        expand_ns=nanoseconds(dims.num_double * expand_s[0] + dims.num_single * expand_s[1], 1),
         between_ns=nanoseconds(STEP_OVERHEADS * overhead_s + low_rank_s, 1),
         rounds=batches * taken.computed,
         **before,
@@ -189,9 +200,23 @@ def _denoise_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwa
         host_bytes=workload.num_images * text_input + noise + references,
         result_bytes=2 * noise,  # each batch's, and all joined
         block_file_bytes=block_file_bytes(stage, model, dims.blocks),
-        file_ratio=file_ratio(stage, model),
+        file_form=file_form(stage, model),
         other_file_bytes=transformer_file_bytes(model) + kept_bytes(workload.adapters, dtype_bytes),
     )
+
+
+def _expanded(stage: StagePlan, model: ModelSpec, workload: Workload) -> tuple[float, float]:
+    """Weights that one pass expands in a (double-stream, single-stream) block: each Linear's, once a chunk.
+
+    Half of a double-stream block's Linears see the chunks of text, half those of the image.
+    """
+    dims, text = model.transformer, workload.text_tokens
+    texts, images, both = (
+        len(chunk_bounds(tokens, stage.chunk_tokens))
+        for tokens in (text, workload.sequence_tokens - text, workload.sequence_tokens)
+    )
+    double, single = dims.double_block.linear_weights, dims.single_block.linear_weights
+    return double * (texts + images) / 2, float(single * both)
 
 
 def _upsample_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardware: Hardware) -> StageWork:
@@ -201,24 +226,39 @@ def _upsample_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardw
     """
     fmt, dims, prompts = FORMATS[stage.weight_format], model.text_encoder, stage.batch_size
     dtype_bytes, padded = DTYPE_BYTES[stage.compute_dtype], replace(workload, text_tokens=PROMPT_TOKENS)
-    flops_of = (token_flops(dims, prompts), layer_flops(model, padded, prompts))
+    weights = dims.layer.linear_weights
+    expand_s = expand_seconds(hardware, fmt, dtype_bytes, weights)
+    overheads_s = hardware.layer_overheads * hardware.block_overhead_s
     token_ns, prompt_ns = (
-        nanoseconds(compute_seconds(hardware, stage.compute_dtype, *flops, fmt, hardware.layer_overheads), 1)
-        for flops in flops_of
+        nanoseconds(
+            max(
+                compute_seconds(hardware, stage.compute_dtype, linear, 0, fmt, 0),
+                reading_seconds(hardware, dtype_bytes, weights),
+            )
+            + compute_seconds(hardware, stage.compute_dtype, 0, attention, fmt, 0)
+            + expand_s
+            + overheads_s,
+            1,
+        )
+        for linear, attention in (token_flops(dims, prompts), layer_flops(model, padded, prompts))
     )
     before = before_weights(hardware)
     before["first_ns"] += dims.num_layers * max(prompt_ns - token_ns, 0)
     head = fmt.plain_bytes(dims.embedding_weights, dtype_bytes)
-    head_s = 2 * prompts * dims.embedding_weights / compute_rate(hardware, stage.compute_dtype)
+    head_s = max(
+        2 * prompts * dims.embedding_weights / compute_rate(hardware, stage.compute_dtype),
+        reading_seconds(hardware, dtype_bytes, dims.embedding_weights),
+    )
     prompt_bytes = encode_activation_bytes(model, padded, (prompts,), dtype_bytes, fmt)
     once_bytes = seen_file_bytes = 0
     if workload.references and (vision := dims.vision) is not None:
         once_bytes = seeing_bytes(vision, dims.hidden_size, dtype_bytes)
-        seen_file_bytes = stored_bytes(model, "text_encoder") * vision.weights
+        seen_file_bytes = other_file_bytes(model, "text_encoder", vision.weights)
         before["first_ns"] += nanoseconds(compute_seconds(hardware, stage.compute_dtype, *seeing_flops(vision), fmt), 1)
     return StageWork(
         block_bytes=tuple(block_sizes(stage, model)),
         compute_ns=(token_ns,) * dims.num_layers,
+        expand_ns=nanoseconds(dims.num_layers * expand_s, 1),
         between_ns=nanoseconds(head_s + STEP_OVERHEADS * hardware.block_overhead_s, 1),
         rounds=NEW_TOKENS,
         **before,
@@ -230,7 +270,7 @@ def _upsample_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardw
         once_bytes=once_bytes,
         passing_bytes=head,
         block_file_bytes=block_file_bytes(stage, model, (dims.layer,) * dims.num_layers),
-        file_ratio=file_ratio(stage, model),
+        file_form=file_form(stage, model),
         other_file_bytes=writer_file_bytes(model, prompts * (PROMPT_TOKENS + NEW_TOKENS)) + seen_file_bytes,
     )
 
@@ -245,7 +285,8 @@ def _encode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
     batches_s = sum(
         compute_seconds(hardware, dtype, *layer_flops(model, workload, prompts), fmt, overheads) for prompts in sizes
     )
-    layer_ns = nanoseconds(batches_s / max(len(passes), 1), 1)
+    expand_s = len(sizes) * expand_seconds(hardware, fmt, dtype_bytes, dims.layer.linear_weights)
+    layer_ns = nanoseconds((batches_s + expand_s) / max(len(passes), 1), 1)
     embedding = length * dims.joint_dim * dtype_bytes
     # The tapped states of a pass come to the host first, then a batch's are laid side by side. On a CPU they are there,
     # and the last tapped is still the batch's hidden state when the stage peaks; normed, it is another tensor.
@@ -259,6 +300,7 @@ def _encode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
     return StageWork(
         block_bytes=tuple(block_sizes(stage, model)),
         compute_ns=(layer_ns,) * dims.layers_used,
+        expand_ns=nanoseconds(dims.layers_used * expand_s / max(len(passes), 1), 1),
         between_ns=0,
         **before_weights(hardware),
         rounds=len(passes),
@@ -270,7 +312,7 @@ def _encode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
         passing_bytes=(sum(sizes) + joined) * embedding,  # no block left
         result_bytes=round((sum(sizes) + beside) * embedding),
         block_file_bytes=block_file_bytes(stage, model, dims.blocks),
-        file_ratio=file_ratio(stage, model),
+        file_form=file_form(stage, model),
         other_file_bytes=text_file_bytes(model, sum(sizes) * length),
     )
 

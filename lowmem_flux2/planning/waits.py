@@ -28,7 +28,7 @@ def steady_round(stage: StagePlan, work: StageWork, hardware: Hardware) -> Round
     """Of a stage that streams blocks. The only round, where there is one."""
     spans: list[Span] = []
     rounds = min(work.rounds, ROUNDS_SIMULATED + 1)
-    ways = passages(stage, work.block_bytes, hardware, work.file_ratio)
+    ways = passages(stage, work.block_bytes, hardware, work.file_form)
     line = simulate(ways, work.compute_ns, work.between_ns, stage.slots, rounds, spans)
     drawn = max(rounds - 1, 1)
     blocks = len(work.block_bytes)

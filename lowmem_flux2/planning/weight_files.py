@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from lowmem_flux2.errors import CheckpointBroken, CheckpointMissing
+from lowmem_flux2.planning.file_sizes import FileSizes, Held, file_sizes
 from lowmem_flux2.planning.gguf_header import is_gguf, read_gguf_header
 from lowmem_flux2.planning.headers import FileHeader, read_header
 from lowmem_flux2.planning.models import StoredDtype
@@ -29,6 +30,7 @@ class ComponentWeights:
         tensor_bytes: bytes of all tensors.
         dtype: the dtype that holds most bytes, as safetensors or GGUF spells it.
         is_quantized: whether those are values of a quantized form, to be decoded.
+        sizes: what the files hold of each block, where any of it is quantized.
     """
 
     folder: Path
@@ -37,6 +39,7 @@ class ComponentWeights:
     tensor_bytes: int
     dtype: str
     is_quantized: bool = False
+    sizes: FileSizes | None = None
 
     @property
     def stored_dtype(self) -> StoredDtype:
@@ -131,7 +134,8 @@ def check_headers(
     needs: Callable[[str], bool] = every_tensor,
 ) -> ComponentWeights:
     """`check_component` of files whose headers have been read; ``path`` is for messages."""
-    held = [tensor for name, tensor in model_view(headers).items() if needs(name)]
+    needed = {name: tensor for name, tensor in model_view(headers).items() if needs(name)}
+    held = needed.values()
     if not held:
         raise CheckpointBroken(f"{path}: its files hold no tensors that are needed")
     num_weights = sum(tensor.num_values for tensor in held if tensor.is_weight)
@@ -145,7 +149,10 @@ def check_headers(
             f"{path}: the files hold {num_weights} weights (mostly {dtype}), the config implies {wanted}: "
             "config and weights are of different models, or the weights are quantized in a form that is not known here"
         )
-    return ComponentWeights(path, headers, num_weights, sum(bytes_of.values()), dtype, is_quantized)
+    sizes = file_sizes(
+        [Held(name, tensor.stored_bytes, tensor.num_values, tensor.encoding) for name, tensor in needed.items()]
+    )
+    return ComponentWeights(path, headers, num_weights, sum(bytes_of.values()), dtype, is_quantized, sizes)
 
 
 def _weight_file(folder: Path) -> tuple[Path, bool]:

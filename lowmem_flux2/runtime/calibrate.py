@@ -140,6 +140,8 @@ class Calibrator:
             _Step("the embedded model", 8, lambda: self._embedded(bench)),
             *(_Step(f"matmul {kind}", 5 if kind == main else 3, _matmul(bench, kind)) for kind in (main, *others)),
             _Step("attention", 3, lambda: [measurements.attention(bench)]),
+            _Step("memory", 1, lambda: [measurements.memory(bench)]),
+            _Step("expanding weights", 4, lambda: measurements.expansions(bench)),
             _Step("a whole block", 4, lambda: self._block(bench)),
             _Step("the VAE's decoder", 6, lambda: self._decode(bench)),
             _Step("copies", 3, lambda: transfers.copies(bench)),

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from statistics import median
 from typing import Any
 
@@ -19,8 +20,13 @@ from diffusers import AutoencoderKLFlux2
 from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock
 from torch.nn import functional
 
+from lowmem_flux2.planning.expansion import TRAFFIC, expanded_bytes
+from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS, GGUF
 from lowmem_flux2.planning.sources import shipped_configs
+from lowmem_flux2.planning.support import LIBRARY_OF
 from lowmem_flux2.runtime.device import DTYPES, synchronize
+from lowmem_flux2.runtime.packed import LINEARS
+from lowmem_flux2.runtime.quantize import STORED, StoredLinear
 
 HIDDEN_SIZES = (6144, 4096, 3072)
 """Of dev, klein-9b and klein-4b."""
@@ -34,6 +40,8 @@ REPEATS = 9
 VAE_OF = "flux2-klein-4b"
 """Every FLUX.2 model has the same VAE."""
 PX_STEP, PX_CPU, PX_CUDA = 64, 256, 1024
+GGUF_KIND = "Q4_K"
+"""The type of a GGUF file whose traffic planning takes for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +215,40 @@ def block_share(bench: Bench, matmul_rate: float, attention_rate: float) -> Read
     rest_s = timing.median_s - 4 * tokens**2 * hidden / attention_rate
     share = min(1.0, linear_s / rest_s) if rest_s > 0 else 1.0
     return Reading("block_share", share, f"x {share:.2f} that a whole block of {tokens} tokens reaches, {timing}")
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def memory(bench: Bench) -> Reading:
+    """Bytes of a Linear's weight a second, as one token reads them."""
+    hidden = bench.hidden
+    weight = _filled((9 * hidden, hidden), bench.dtype, bench.device)
+    token = _filled((1, hidden), bench.dtype, bench.device)
+    timing = bench.time(lambda: functional.linear(token, weight))
+    rate = weight.numel() * weight.element_size() / timing.median_s
+    how = f"a Linear of {hidden} to {9 * hidden} in {bench.dtype} for one token, {timing}"
+    return Reading("memory_bytes_per_s", rate, how)
+
+
+def expansions(bench: Bench) -> list[Reading]:
+    """Memory traffic a second, as planning counts it, of each format whose library is there."""
+    kinds = [name for name in TRAFFIC if name not in LIBRARY_OF or find_spec(LIBRARY_OF[name]) is not None]
+    return [_expansion(bench, name, 1 / len(kinds)) for name in kinds]
+
+
+def _expansion(bench: Bench, name: str, share: float) -> Reading:
+    rows, columns = 2 * bench.hidden, bench.hidden
+    kind: type[StoredLinear] = LINEARS[GGUF_KIND] if name == GGUF else STORED[name]
+    with torch.device("meta"):
+        linear = torch.nn.Linear(columns, rows, bias=False)
+    stored = kind(linear, DTYPES[bench.dtype])
+    for tensor_name, buffer in list(stored.named_buffers()):
+        setattr(stored, tensor_name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=bench.device))
+    timing = bench.time(stored.dequantize, share)
+    traffic = expanded_bytes(FORMATS[name], DTYPE_BYTES[bench.dtype], rows * columns)
+    what = f"{rows} x {columns} weights{f' of {GGUF_KIND}' if name == GGUF else ''} expanded to {bench.dtype}"
+    return Reading(f"expand_bytes_per_s.{name}", traffic / timing.median_s, f"{what}, {timing}")
 
 
 # ------------------------------------------------------------------------------------------------------------ the VAE

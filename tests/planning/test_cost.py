@@ -57,6 +57,7 @@ def linked(tera_flops: float, link_bytes_per_s: float) -> Hardware:
         attention_flops_per_s=tera_flops * 1e12,
         h2d_pinned_bytes_per_s=link_bytes_per_s,
         block_overhead_s=1e-9,
+        memory_bytes_per_s=1e15,
     )
 
 

@@ -189,6 +189,7 @@ GROWS = (
     "h2d_pinned_bytes_per_s",
     "h2d_pageable_bytes_per_s",
     "disk_read_bytes_per_s",
+    "memory_bytes_per_s",
     "matmul_flops_per_s",
     "attention_flops_per_s",
 )

@@ -46,6 +46,7 @@ def jobs(draw: st.DrawFn) -> Job:
         h2d_pageable_bytes_per_s=pageable,
         disk_read_bytes_per_s=draw(GIGA),
         pin_bytes_per_s=draw(GIGA),
+        memory_bytes_per_s=draw(GIGA) * 10,
         matmul_flops_per_s={kind: draw(GIGA) * 5e3 for kind in hardware.matmul_flops_per_s},
     )
     ram = draw(st.integers(1000, 5000)) * MIB

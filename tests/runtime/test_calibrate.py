@@ -12,6 +12,7 @@ import torch
 from lowmem_flux2.calibrating import combined
 from lowmem_flux2.errors import RunError
 from lowmem_flux2.planning.detect import detect
+from lowmem_flux2.planning.expansion import TRAFFIC
 from lowmem_flux2.planning.hardware import Hardware, value_of
 from lowmem_flux2.runtime import measurements, transfers
 from lowmem_flux2.runtime.calibrate import Calibrator, Measured
@@ -51,7 +52,8 @@ def test_a_calibration_measures_everything(small: None, assumed: Hardware, tmp_p
     found = combined(assumed, measured, "measured today: ")
     fields = [f"matmul_flops_per_s.{kind}" for kind in assumed.matmul_flops_per_s]
     fields += ["attention_flops_per_s", "convolution_share", "h2d_pageable_bytes_per_s", "disk_read_bytes_per_s"]
-    fields += ["load_share", "libraries_host_bytes"]
+    fields += ["load_share", "libraries_host_bytes", "memory_bytes_per_s"]
+    fields += [f"expand_bytes_per_s.{name}" for name in TRAFFIC]
     for field in fields:
         assert found.provenance[field].startswith("measured today: "), field
         assert value_of(found, field) > 0

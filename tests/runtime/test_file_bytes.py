@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import single_files as forms
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lowmem_flux2 import Engine
 from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS
-from lowmem_flux2.planning.models import BlockSpec
-from lowmem_flux2.planning.plan import StagePlan
+from lowmem_flux2.planning.models import BlockSpec, ModelSpec
+from lowmem_flux2.planning.plan import Plan, StagePlan
 from lowmem_flux2.planning.sources import resolve_model
 from lowmem_flux2.planning.stage_work import block_sizes
 from lowmem_flux2.runtime.blockfile import block_path
@@ -106,6 +107,31 @@ class Reads(Silent):
         self.read_bytes[self.stage] += size_bytes
 
 
+ASKED: dict[str, Any] = {
+    **{"height": 64, "width": 64, "num_inference_steps": 3, "max_sequence_length": 32, "seed": 0},
+    "prompt": ["a red circle", "a blue square"],
+}
+
+
+def run_counted(
+    model: str, options: dict[str, Any], asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> tuple[ModelSpec, Plan, dict[str, int]]:
+    """The model, the plan of a run with everything prepared, and what it read in each stage."""
+    told = Reads()
+    engine = Engine(model, device="cpu", observer=told, **options)
+    engine.generate(**asked)  # prepares
+    told.read_bytes.clear()
+    whole = RawFile.read_into
+
+    def counted(self: RawFile, destination: torch.Tensor, *arguments: Any, **named: Any) -> None:
+        told.note(destination.nbytes)
+        whole(self, destination, *arguments, **named)
+
+    monkeypatch.setattr(RawFile, "read_into", counted)
+    plan = engine.generate(**asked).report.plan
+    return engine.source.spec, plan, dict(told.read_bytes)
+
+
 @pytest.mark.parametrize(
     ("form", "stored", "weight_format", "dtype", "placement"),
     [
@@ -131,36 +157,42 @@ def test_a_run_reads_the_bytes_that_its_plan_says(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """From the store or from the checkpoint, whatever dtypes that holds, to the byte, in every stage."""
-    told = Reads()
-    engine = Engine(
-        str(checkpoints[form, stored]),
-        device="cpu",
-        dtype=dtype,
-        weight_format=weight_format,
-        text_weight_format=weight_format,
-        placement=placement,
-        cache_dir=tmp_path,
-        observer=told,
-    )
-    asked: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 3, "max_sequence_length": 32, "seed": 0}
-    if form == "klein":
-        asked["guidance_scale"] = 4.0  # two passes, and a negative prompt
-    engine.generate(["a red circle", "a blue square"], **asked)  # prepares
-    told.read_bytes.clear()
-    whole = RawFile.read_into
-
-    def counted(self: RawFile, destination: torch.Tensor, *arguments: Any, **named: Any) -> None:
-        told.note(destination.nbytes)
-        whole(self, destination, *arguments, **named)
-
-    monkeypatch.setattr(RawFile, "read_into", counted)
-    plan = engine.generate(["a red circle", "a blue square"], **asked).report.plan
+    asked: dict[str, Any] = {**ASKED, **({"guidance_scale": 4.0} if form == "klein" else {})}  # two passes, two prompts
+    options = {"dtype": dtype, "weight_format": weight_format, "text_weight_format": weight_format}
+    options |= {"placement": placement, "cache_dir": tmp_path}
+    spec, plan, read = run_counted(str(checkpoints[form, stored]), options, asked, monkeypatch)
     assert plan.stage("denoise").cost.rounds > 1
     planned = {stage.stage: stage.cost.disk_bytes for stage in plan.stages}
     # A row of the embedding is read once a batch, however often its token comes: planning counts each.
-    spec = engine.source.spec
-    rows = planned.pop("encode") - told.read_bytes.pop("encode")
-    assert dict(told.read_bytes) == planned
+    rows = planned.pop("encode") - read.pop("encode")
+    assert read == planned
     row_bytes = spec.text_encoder.hidden_size * DTYPE_BYTES[spec.stored_dtype_of("text_encoder")]
     assert rows % row_bytes == 0
     assert 0 <= rows // row_bytes <= (4 if form == "klein" else 2) * asked["max_sequence_length"]
+
+
+@pytest.mark.parametrize("placement", ["resident", "disk"])
+@pytest.mark.parametrize("kind", ["fp8", "bnb4", "gguf"])
+def test_a_run_reads_the_bytes_of_quantized_files_that_its_plan_says(
+    kind: str, placement: str, tmp_path: Path, tiny_klein: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they are decoded as they are read, not prepared: the files' own bytes, scales included."""
+    model, parts = tmp_path / "x", {"text_encoder": str(tiny_klein), "vae": str(tiny_klein)}
+    bfl = forms.bfl_state(forms.transformer_state(tiny_klein))
+    if kind == "bnb4":
+        (tmp_path / "folders").mkdir()
+        model, parts = forms.write_bnb(tmp_path / "folders", tiny_klein, "nf4", nested=True)[0], {}
+    elif kind == "gguf":
+        forms.write_gguf(model, bfl, "Q8_0", "Q4_0")
+    else:
+        stored, _ = forms.fp8_state(bfl, by_row=True, ending=".weight_scale", beside=None)
+        save_file({name: tensor.contiguous() for name, tensor in stored.items()}, model)
+    options = {"dtype": "fp32", "weight_format": "fp32", "text_weight_format": "fp32", "placement": placement}
+    spec, plan, read = run_counted(str(model), options | parts | {"cache_dir": tmp_path / "cache"}, ASKED, monkeypatch)
+    assert spec.transformer_files is not None
+    assert plan.stage("denoise").cost.disk_bytes == read["denoise"]
+    if kind == "bnb4":
+        rows = plan.stage("encode").cost.disk_bytes - read["encode"]  # of the embedding, for tokens that come again
+        row_bytes = spec.text_encoder.hidden_size * DTYPE_BYTES["fp32"]
+        assert rows % row_bytes == 0
+        assert 0 <= rows // row_bytes <= 4 * ASKED["max_sequence_length"]
