@@ -135,6 +135,8 @@ def generate(
         made = expecting_cached(made, asked.source, asked.request, asked.machine.device_name, cache_folder(cache_dir))
     if not quiet or dry_run:
         out.print(explain(made, asked.source.spec))
+        if warning := preparing.room_warning(made, preparing.cache_of(cache_dir)):
+            err.print(warning, style="yellow", soft_wrap=True)
     if dry_run:
         return
     if made.not_executable:
@@ -188,7 +190,7 @@ def plan(
         return
     from lowmem_flux2.planned import print_plans
 
-    print_plans(flags, fit, cache_dir, out, as_json=as_json, pareto=pareto)
+    print_plans(flags, fit, cache_dir, out, err, as_json=as_json, pareto=pareto)
 
 
 @app.command()

@@ -16,11 +16,11 @@ from lowmem_flux2.planning.explain import explain
 from lowmem_flux2.planning.improvements import improvements_of
 from lowmem_flux2.planning.job import plan_job
 from lowmem_flux2.planning.plan import Plan
-from lowmem_flux2.preparing import cache_of, prepared_of
+from lowmem_flux2.preparing import cache_of, prepared_of, room_warning
 
 
 def print_plans(
-    flags: RequestFlags, fit: FitFlags, cache: Path | None, out: Console, *, as_json: bool, pareto: bool
+    flags: RequestFlags, fit: FitFlags, cache: Path | None, out: Console, err: Console, *, as_json: bool, pareto: bool
 ) -> None:
     """Plan, and print it. JSON of a prompt file whose lines share no plan is an array.
 
@@ -28,6 +28,9 @@ def print_plans(
         UsageError, DoesNotFit: as ``generate`` would.
     """
     plans = _plans(flags, fit, cache)
+    rooms = (room_warning(made, cache_of(cache)) for asked, made in plans if asked.machine.detected)
+    for warning in filter(None, rooms):
+        err.print(warning, style="yellow", soft_wrap=True)
     if as_json:
         found = [
             made.to_json() | (alternatives_of(made, asked.source.spec, asked.selection).to_json() if pareto else {})

@@ -16,8 +16,8 @@ from lowmem_flux2.errors import CheckpointBroken, UsageError
 from lowmem_flux2.folders import cache_folder
 from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.job import Machine
-from lowmem_flux2.planning.plan import WHOLE_TEXT_ENCODER
-from lowmem_flux2.planning.preparation import Prepared
+from lowmem_flux2.planning.plan import WHOLE_TEXT_ENCODER, Plan
+from lowmem_flux2.planning.preparation import SPARE_BYTES, Prepared
 from lowmem_flux2.planning.selection import Selection, check_selection, compute_dtype
 from lowmem_flux2.planning.sources import ModelSource
 from lowmem_flux2.planning.support import LIBRARY_OF, SUPPORTED
@@ -51,6 +51,25 @@ def prepared_of(source: ModelSource, cache: Path) -> Prepared:
             if raw["source"] == str(source.folder.resolve()):
                 found.add((raw["component"], raw["weight_format"], raw["dtype"]))
     return found
+
+
+def room_warning(plan: Plan, cache: Path) -> str:
+    """What the store's disk lacks of what the plan is to prepare, in words; empty where there is room.
+
+    At the most: blocks of an interrupted preparation are kept, and entries of files that have changed make room.
+    """
+    needed = sum(each.write_bytes for each in plan.preparations)
+    folder = cache.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if not needed or free >= needed + SPARE_BYTES:
+        return ""
+    return (
+        f"no room to prepare: {format_bytes(needed + SPARE_BYTES)} of disk are needed at {cache}, {format_bytes(free)} "
+        "are free: give --cache-dir on another disk, make room ('lowmem-flux2 prepare --list'), or take unquantized "
+        "weights (--weight-format, --text-weight-format)"
+    )
 
 
 def listing(cache: Path) -> Table:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lowmem_flux2.planning.job import plan_job, resolve_machine
+from lowmem_flux2.planning.preparation import SPARE_BYTES
 from lowmem_flux2.planning.selection import Selection
 from lowmem_flux2.planning.sources import ModelSource, resolve_model
 from lowmem_flux2.planning.workload import make_request
-from lowmem_flux2.preparing import prepared_of
+from lowmem_flux2.preparing import prepared_of, room_warning
+from lowmem_flux2.units import format_bytes
 
 
 @pytest.fixture
@@ -49,3 +53,20 @@ def test_a_plan_says_what_is_left_to_prepare(tmp_path: Path, source: ModelSource
     )
     assert [each.component for each in before.preparations] == ["text_encoder", "transformer"]
     assert [each.component for each in after.preparations] == ["text_encoder"]
+
+
+def test_a_plan_whose_store_finds_no_room_says_so(
+    tmp_path: Path, source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request, machine = make_request(source.spec, ("x",)), resolve_machine("rtx-3060-12gb", "auto")
+    plan = plan_job(source, machine, request, Selection(weight_format="int8", text_weight_format="bf16"))
+    needed = sum(each.write_bytes for each in plan.preparations) + SPARE_BYTES
+    for free, has_room in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
+        warning = room_warning(plan, tmp_path / "not" / "there" / "yet")
+        assert has_room == (warning == "")
+    assert format_bytes(needed) in warning
+    assert "--cache-dir" in warning
+    unquantized = plan_job(source, machine, request, Selection(weight_format="bf16", text_weight_format="bf16"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    assert room_warning(unquantized, tmp_path) == ""

@@ -21,6 +21,9 @@ SLOWEST_WEIGHTS_PER_S = min(WEIGHTS_PER_S.values())
 CHECKSUM_BYTES_PER_S = 4.2e9
 """CRC-32 of zlib, one thread of an AMD EPYC virtual machine (`runtime.blockfile`)."""
 
+SPARE_BYTES = 64 << 20
+"""Left free on the store's disk, for the manifest and for others."""
+
 Prepared = Collection[tuple[str, str, str]]
 """(component, or ``WHOLE_TEXT_ENCODER``, format as stored, compute dtype) of what the store holds for a model."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lowmem_flux2.errors import CheckpointBroken, DoesNotFit, LowMemFlux2Error, UsageError
 from lowmem_flux2.planning.models import ModelSpec
+from lowmem_flux2.planning.preparation import SPARE_BYTES
 from lowmem_flux2.report import write_atomically
 from lowmem_flux2.runtime.blockfile import written_checksums
 from lowmem_flux2.runtime.cache import MANIFEST, PARTIAL, entry_folder, locked
@@ -35,8 +36,6 @@ from lowmem_flux2.units import format_bytes
 
 SOURCE = "source.txt"
 """In an entry: what it is made of, so that it goes when the source has changed, finished or not."""
-SPARE_BYTES = 64 << 20
-"""Left free on the disk for the manifest and for others."""
 _OF_SOURCE = ("*.json", "*.safetensors", "*.gguf")
 _DISK_IS_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
