@@ -27,12 +27,16 @@ GATED = {
 class Hub:
     """What is on the hub, how it misbehaves, and what was asked of it.
 
-    ``cut`` ends the transfer of a file of that name after so many bytes, once; ``delay_s`` comes before every answer.
+    ``cut`` ends the transfer of a file of that name after so many bytes, once; ``short`` sends so many bytes less than
+    it has, always, as if that were all; ``busy`` refuses to send a file of that name with these answers (status,
+    Retry-After), one after the other; ``delay_s`` comes before every answer.
     """
 
     repos: dict[str, Path] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
     cut: dict[str, int] = field(default_factory=dict)
+    short: dict[str, int] = field(default_factory=dict)
+    busy: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
     delay_s: float = 0.0
     endpoint: str = ""
     requests: list[tuple[str, str, str]] = field(default_factory=list)
@@ -116,7 +120,17 @@ class _Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             self._refuse(404, "EntryNotFound", "Entry not found")
             return
+        if self.command == "GET" and self.hub.busy.get(name.name):
+            status, after = self.hub.busy[name.name].pop(0)
+            self.send_response(status)
+            if after:
+                self.send_header("Retry-After", after)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         body = path.read_bytes()
+        if self.command == "GET":
+            body = body[: len(body) - self.hub.short.get(name.name, 0)]
         size, start = len(body), 0
         asked = self.headers.get("Range", "")
         if self.command == "GET" and asked.startswith("bytes="):

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, BinaryIO, Final
 
 from lowmem_flux2.errors import CheckpointBroken, CheckpointMissing
-from lowmem_flux2.planning.headers import FileHeader, TensorInfo
+from lowmem_flux2.planning.headers import FileHeader, TensorInfo, again
 
 MAGIC: Final = b"GGUF"
 _TRANSFORMERS: Final = ("flux", "flux2")
@@ -44,7 +44,6 @@ _SCALARS: Final[Mapping[int, str]] = {
 _STRING, _ARRAY = 8, 9
 _LONGEST_TEXT_BYTES: Final = 1 << 26
 _DEFAULT_ALIGNMENT: Final = 32
-_REDOWNLOAD: Final = "download it again"
 
 
 def is_gguf(path: Path) -> bool:
@@ -93,7 +92,7 @@ class _Reader:
     def bytes(self, count: int) -> bytes:
         found = self._file.read(count) if count <= self._left else b""
         if len(found) != count:
-            raise CheckpointBroken(f"{self.path} is truncated: its header goes beyond its end: {_REDOWNLOAD}")
+            raise CheckpointBroken(f"{self.path} is truncated: its header goes beyond its end: {again(self.path)}")
         self._left -= count
         return found
 
@@ -127,7 +126,7 @@ class _Reader:
 
     def _pass(self, count: int) -> None:
         if count > self._left:
-            raise CheckpointBroken(f"{self.path} is truncated: its header goes beyond its end: {_REDOWNLOAD}")
+            raise CheckpointBroken(f"{self.path} is truncated: its header goes beyond its end: {again(self.path)}")
         self._file.seek(count, os.SEEK_CUR)
         self._left -= count
 
@@ -170,7 +169,7 @@ def _parse(reader: _Reader, file_bytes: int) -> FileHeader:
     end = data_begin + max((info.end for info in found.values()), default=0)
     if end > file_bytes:
         raise CheckpointBroken(
-            f"{path} is truncated: its header describes {end} bytes, the file has {file_bytes}: {_REDOWNLOAD}"
+            f"{path} is truncated: its header describes {end} bytes, the file has {file_bytes}: {again(path)}"
         )
     return FileHeader(path, file_bytes, data_begin, MappingProxyType(found), MappingProxyType(fields))
 

@@ -29,7 +29,12 @@ _DTYPE_BITS: Final[Mapping[str, int]] = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
-_REDOWNLOAD: Final = "download it again"
+
+
+def again(path: Path) -> str:
+    """What to do about a file that is not whole. The hub's client takes a blob that is there for a whole one."""
+    blob = path.resolve()
+    return f"remove {blob} and download it again" if blob.parent.name == "blobs" else "download it again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,7 @@ def read_header(path: Path) -> FileHeader:
             if data_begin > file_bytes:
                 raise CheckpointBroken(
                     f"{path} is truncated: its header alone needs {data_begin} bytes, the file has {file_bytes}: "
-                    f"{_REDOWNLOAD}"
+                    f"{again(path)}"
                 )
             file.seek(_LENGTH_BYTES)
             text = file.read(header_bytes)
@@ -103,15 +108,15 @@ def read_header(path: Path) -> FileHeader:
 def _refuse_other_format(path: Path, start: bytes, file_bytes: int, header_bytes: int) -> NoReturn:
     text = start.lstrip().lower()
     if file_bytes == 0:
-        found = f"is empty (0 bytes): {_REDOWNLOAD}"
+        found = f"is empty (0 bytes): {again(path)}"
     elif file_bytes <= _LENGTH_BYTES:
-        found = f"is truncated: {file_bytes} bytes are less than a safetensors header: {_REDOWNLOAD}"
+        found = f"is truncated: {file_bytes} bytes are less than a safetensors header: {again(path)}"
     elif start.startswith(b"version https://git-lfs"):
         sizes = [line.split()[1] for line in start.splitlines() if line.startswith(b"size ") and line[5:].isdigit()]
         of = f" of a {format_bytes(int(sizes[0]))} file" if sizes else ""
         found = f"is a git LFS pointer, not the weights themselves{of}: run `git lfs pull` in its repository"
     elif text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        found = f"is an HTML page saved under this name (a login or error page): {_REDOWNLOAD} while logged in"
+        found = f"is an HTML page saved under this name (a login or error page): {again(path)} while logged in"
     elif start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
         found = "is a pickle (a torch .bin or .pt file), not safetensors: convert it, or take the safetensors release"
     elif start.startswith(b"GGUF"):
@@ -180,7 +185,7 @@ def _check_layout(
         raise CheckpointBroken(
             f"{path} is truncated: its header describes {data_begin + expected_begin} bytes "
             f"({format_bytes(data_begin + expected_begin)}), the file has {file_bytes} ({format_bytes(file_bytes)}): "
-            f"{_REDOWNLOAD}"
+            f"{again(path)}"
         )
     if expected_begin < data_bytes:
         raise CheckpointBroken(

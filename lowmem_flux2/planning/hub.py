@@ -113,10 +113,19 @@ def explain_hub_error(repo_id: str, revision: str | None, error: BaseException) 
         return CheckpointMissing(f"{repo_id} has no revision {revision!r}")
     if isinstance(error, HFValidationError):
         return CheckpointMissing(f"{repo_id} is neither a local folder nor a valid hub id: {error}")
+    if status is not None and (status == 429 or status >= 500):
+        return CheckpointMissing(
+            f"{repo_id}: the hub is too busy or out of order (it answers {status}): run the command again in a while; "
+            "files that have arrived are kept"
+        )
+    if isinstance(error, OSError) and "Consistency check failed" in str(error):
+        return CheckpointMissing(
+            f"{repo_id}: a file did not arrive whole: run the command again, which fetches it anew ({error})"
+        )
     unreachable = (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError, TimeoutError)  # OfflineModeIsEnabled too
     if isinstance(error, unreachable) or type(error).__module__.split(".")[0] in _HTTP_CLIENTS:
         return CheckpointMissing(
-            f"{repo_id} is not in the local hub cache and the hub cannot be reached, or must not be "
+            f"{repo_id} is not in the local hub cache, or not all of it, and the hub cannot be reached, or must not be "
             f"({type(error).__name__}): connect once to fetch it, or {_LOCAL_HINT}"
         )
     written = isinstance(error, OSError)

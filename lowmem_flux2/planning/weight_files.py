@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from lowmem_flux2.planning.models import StoredDtype
 from lowmem_flux2.planning.stored import model_view
 
 _STORED_DTYPES: Final[Mapping[str, StoredDtype]] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+_SHARD: Final = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _STEMS: Final = ("diffusion_pytorch_model", "model")
 
 
@@ -168,6 +170,8 @@ def _weight_file(folder: Path) -> tuple[Path, bool]:
         return indexes[0], True
     if len(singles) == 1 and not indexes:
         return singles[0], False
+    if not indexes and any(_SHARD.search(path.name) for path in singles):
+        raise CheckpointMissing(f"{folder}: its shards are there without their index; finish the download")
     if indexes or singles:
         names = ", ".join(path.name for path in indexes or singles)
         raise CheckpointBroken(f"{folder}: cannot tell which files to use without an index: {names}")

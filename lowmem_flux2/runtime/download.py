@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,7 @@ from lowmem_flux2.errors import CheckpointMissing, DoesNotFit
 from lowmem_flux2.planning.headers import FileHeader
 from lowmem_flux2.planning.hub import explain_hub_error, hub_client
 from lowmem_flux2.planning.models import Component
-from lowmem_flux2.planning.sources import ModelSource, SingleFile, SinglePart, resolve_model
+from lowmem_flux2.planning.sources import ModelSource, SingleFile, SinglePart, hub_configs, resolve_model
 from lowmem_flux2.planning.stored import check_decodable, model_view
 from lowmem_flux2.planning.weight_files import component_headers, every_tensor, read_index, weight_header
 
@@ -27,6 +29,10 @@ _FILES_OF: Mapping[SinglePart, tuple[str, ...]] = {
 """Of the parts that go with a single file."""
 SPARE_BYTES = 64 << 20
 """Left free on the disk for others."""
+TRIES, WAIT_S, LONGEST_WAIT_S = 3, 10, 120
+"""How often a hub is asked that is out of order, and how long waited for where it does not say, or says too long."""
+STALE_S = 3600
+"""A download that has written nothing for so long is not under way: its client gives up after ten seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +56,8 @@ class _Wanted:
 def with_weights(source: ModelSource, *, offline: bool) -> ModelSource:
     """The source with a folder that holds all needed weights, downloading them where they are on the hub only.
 
-    Of the text encoder only the shards with used layers are fetched. The hub's client goes on where an earlier download
-    was cut off.
+    Of the text encoder only the shards with used layers are fetched. The hub's client goes on with a file whose
+    transfer breaks off; the next run keeps whole files, and fetches anew those that a run was killed in.
 
     Raises:
         CheckpointMissing, CheckpointAccess: not to be had; the message says why and what to do.
@@ -98,12 +104,21 @@ def with_whole_text_encoder(source: ModelSource, *, offline: bool, sees: bool = 
     try:
         component_headers(source.folder / "text_encoder", writes)
     except CheckpointMissing:
-        if source.repo_id is None:
+        repo_id = source.repo_id or _encoder_repository(source)
+        if repo_id is None:
             raise
         patterns = ("text_encoder/*", "*.json")
-        _fetch(_Wanted(source.repo_id, source.revision, patterns, lambda _, name: writes(name)), offline)
+        _fetch(_Wanted(repo_id, source.revision, patterns, lambda _, name: writes(name)), offline)
         component_headers(source.folder / "text_encoder", writes)
     return source
+
+
+def _encoder_repository(source: ModelSource) -> str | None:
+    """Where on the hub a single file's text encoder is from."""
+    if source.single is None or Path(source.single.text_encoder).expanduser().exists():
+        return None
+    found = hub_configs(source.single.text_encoder, None, offline=True)
+    return found[0] if found else None
 
 
 def _with_parts(source: ModelSource, single: SingleFile, offline: bool) -> ModelSource:
@@ -130,12 +145,17 @@ def _fetch(wanted: _Wanted, offline: bool) -> None:
 
     try:
         with hub_client(offline) as is_offline:
-            snapshot_download(
-                wanted.repo_id,
-                revision=wanted.revision,
-                allow_patterns=list(wanted.patterns) if is_offline else _needed(wanted),
-                ignore_patterns=list(_PICKLES),
-                local_files_only=is_offline,
+            if not is_offline:
+                _remove_stale(wanted.repo_id)
+            patterns = list(wanted.patterns) if is_offline else _needed(wanted)
+            _patiently(
+                lambda: snapshot_download(
+                    wanted.repo_id,
+                    revision=wanted.revision,
+                    allow_patterns=patterns,
+                    ignore_patterns=list(_PICKLES),
+                    local_files_only=is_offline,
+                )
             )
     except (CheckpointMissing, DoesNotFit):
         raise
@@ -144,6 +164,34 @@ def _fetch(wanted: _Wanted, offline: bool) -> None:
         if explained is None:
             raise
         raise explained from error
+
+
+def _patiently(download: Callable[[], object]) -> None:
+    """Try again where the hub says that it is out of order for a while: its client does so for 408 and 429 alone."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for left in reversed(range(TRIES)):
+        try:
+            download()
+            return
+        except HfHubHTTPError as error:
+            if not left or error.response is None or error.response.status_code < 500:
+                raise
+            after = error.response.headers.get("Retry-After", "")
+            time.sleep(min(int(after) if after.isdigit() else WAIT_S, LONGEST_WAIT_S))
+
+
+def _remove_stale(repo_id: str) -> None:
+    """Remove what downloads that were killed have left in the cache.
+
+    huggingface_hub 2.4 gives each download a file of its own, so nothing goes on with them, or removes them.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    for left in (Path(HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "blobs").glob("*.*.incomplete"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > STALE_S:
+                left.unlink()
 
 
 def _needed(wanted: _Wanted) -> list[str]:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,11 +21,12 @@ FETCH = """
 import sys
 from lowmem_flux2.errors import LowMemFlux2Error
 from lowmem_flux2.planning.sources import resolve_model
-from lowmem_flux2.runtime.download import with_weights
+from lowmem_flux2.runtime.download import with_weights, with_whole_text_encoder
 
-model, offline = sys.argv[1], len(sys.argv) > 2
+model, offline, whole = sys.argv[1], "offline" in sys.argv, "whole" in sys.argv
 try:
-    print(with_weights(resolve_model(model, offline=offline), offline=offline).folder)
+    source = with_weights(resolve_model(model, offline=offline), offline=offline)
+    print((with_whole_text_encoder(source, offline=offline, sees=True) if whole else source).folder)
 except LowMemFlux2Error as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_code)
@@ -140,8 +142,71 @@ def test_offline_and_unreachable_are_told_apart_from_missing(hub: Hub, tmp_path:
     assert done.returncode == 4 and "not in the local hub cache" in done.stderr
     assert not hub.requests, "offline means that nothing is asked"
     hub.endpoint = "http://127.0.0.1:9"  # nobody listens there
-    done = fetch(hub, tmp_path)
+    done = fetch(hub, tmp_path, code="import time\ntime.sleep = lambda seconds: None\n" + FETCH)  # between tries
     assert done.returncode == 4 and "cannot be reached" in done.stderr
+
+
+def test_a_hub_out_of_order_is_waited_for(hub: Hub, repository: Path, tmp_path: Path) -> None:
+    """Shards may have arrived without their index: that is a download to go on with, not a broken model."""
+    index = next((repository / "transformer").glob("*.index.json")).name
+    hub.busy[index] = [(503, "0"), (429, "0")]
+    assert fetch(hub, tmp_path / "patient").returncode == 0
+    hub.busy[index] = [(500, "0")] * 3
+    done = fetch(hub, tmp_path / "home")
+    assert done.returncode == 4 and "answers 500" in done.stderr and "run the command again" in done.stderr
+    assert fetch(hub, tmp_path / "home").returncode == 0
+
+
+def test_files_that_are_not_whole(hub: Hub, repository: Path, tmp_path: Path) -> None:
+    """One that arrives short is fetched anew; one that was damaged in the cache is named, for the client trusts it."""
+    file = next((repository / "vae").glob("*.safetensors")).name
+    hub.short[file] = 10
+    done = fetch(hub, tmp_path)
+    assert done.returncode == 4 and "did not arrive whole" in done.stderr
+    hub.short.clear()
+    blobs = tmp_path / "hub" / "models--acme--tiny-klein" / "blobs"
+    for name, age_s in (("abc.0123abcd.incomplete", 7200), ("def.0123abcd.incomplete", 0)):  # killed; under way
+        (blobs / name).write_bytes(b"x")
+        os.utime(blobs / name, (time.time() - age_s,) * 2)
+    done = fetch(hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in blobs.glob("*.incomplete")] == ["def.0123abcd.incomplete"]
+    blob = (Path(done.stdout.strip().splitlines()[-1]) / "vae" / file).resolve()
+    blob.write_bytes(blob.read_bytes()[:-1])
+    done = fetch(hub, tmp_path)
+    assert done.returncode == 4 and f"remove {blob} and download it again" in done.stderr
+    blob.unlink()
+    assert fetch(hub, tmp_path).returncode == 0
+
+
+def test_rewriting_captions_fetches_all_of_the_text_encoder(tmp_path: Path) -> None:
+    """With the vision part where there are references; for a folder on the hub, and for a file with its encoder."""
+    dev = tiny.write_dev(tmp_path / "dev", shard_bytes=60_000)
+    file = tmp_path / "mine.safetensors"
+    save_file(single_files.bfl_state(single_files.transformer_state(dev)), file)
+    single = FETCH.replace("resolve_model(model,", f"resolve_model({str(file)!r}, text_encoder=model, vae=model,")
+    every = {f"text_encoder/{path.name}" for path in (dev / "text_encoder").glob("*.safetensors")}
+    with serving(Hub({REPO: dev})) as hub:
+        for code in (FETCH, single):
+            home = tmp_path / f"home-{len(code)}"
+            hub.requests.clear()
+            assert fetch(hub, home, code=code).returncode == 0
+            done = fetch(hub, home, REPO, "offline", "whole", code=code)
+            assert done.returncode == 4 and "or not all of it" in done.stderr
+            missing = every - hub.fetched()
+            assert missing
+            hub.requests.clear()
+            done = fetch(hub, home, REPO, "whole", code=code)
+            assert done.returncode == 0, done.stderr
+            assert {name for name in hub.fetched() if name.endswith(".safetensors")} == missing
+            assert fetch(hub, home, REPO, "offline", "whole", code=code).returncode == 0
+
+
+def test_revisions(hub: Hub, tmp_path: Path) -> None:
+    at = FETCH.replace("resolve_model(model,", 'resolve_model(model, revision="{}",')
+    assert fetch(hub, tmp_path, code=at.format(COMMIT)).returncode == 0
+    done = fetch(hub, tmp_path, code=at.format("v2"))
+    assert done.returncode == 4 and f"{REPO} has no revision 'v2'" in done.stderr
 
 
 def test_a_slow_hub_is_waited_for(hub: Hub, tmp_path: Path) -> None:
