@@ -13,10 +13,11 @@ from typing import Final
 
 _BLOCK: Final = re.compile(r"(?:^|\.)(?P<kind>layers|transformer_blocks|single_transformer_blocks)\.(?P<index>\d+)\.")
 
-DECODED_WEIGHTS_PER_S: Final[Mapping[str, float]] = {"scaled": 286e6, "bnb4": 187e6, "gguf": 430e6}
+DECODED_WEIGHTS_PER_S: Final[Mapping[str, float]] = {"scaled": 286e6, "bnb4": 187e6, "gguf": 430e6, "sdnq": 187e6}
 """Weights that one thread decodes in a second while it reads them, by `stored.Encoding`: `runtime.checkpoint` on 3072 x
 3072 from the page cache to bf16, best of four, torch 2.13 on an AMD EPYC (Zen 5) beside other work, 2026-11-26. GGUF's
-is of Q4_K, Q6_K and Q4_0; Q8_0 took 1374e6, Q5_K 326e6. Other processors differ."""
+is of Q4_K, Q6_K and Q4_0; Q8_0 took 1374e6, Q5_K 326e6. SDNQ's is not measured: the slowest of the others. Other
+processors differ."""
 
 
 @dataclass(frozen=True, slots=True)

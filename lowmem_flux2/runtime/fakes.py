@@ -27,6 +27,7 @@ from lowmem_flux2.runtime.components import Blocks
 from lowmem_flux2.runtime.device import DTYPES
 from lowmem_flux2.runtime.layout import Layout, layout_of
 from lowmem_flux2.runtime.live import LiveBytes, rounded
+from lowmem_flux2.runtime.quantize import W8A8Linear
 from lowmem_flux2.runtime.streaming import BlockStreamer
 from lowmem_flux2.runtime.transport import HostTransport
 
@@ -172,6 +173,8 @@ class FakeWeights:
     Args:
         repeats: how many blocks of the model each block of the stage stands for; empty for one each. Their arenas are
             allocated as large as for all of them.
+        alike: of an integer matmul's pieces only the first and the last are run: none leaves anything but its result,
+            which lies in a tensor of all.
 
     Attributes:
         slot_bytes: what slots take on the device.
@@ -186,12 +189,14 @@ class FakeWeights:
         live: LiveBytes,
         kernels: FakeKernels,
         repeats: Sequence[int] = (),
+        alike: bool = False,
     ) -> None:
         self._folder = folder
         self._hidden_size = hidden_size
         self._live = live
         self._kernels = kernels
         self._repeats = repeats
+        self._alike = alike
         self._modes = ExitStack()
         self._absent: list[torch.Tensor] = []
         self.slot_bytes = 0
@@ -220,7 +225,10 @@ class FakeWeights:
         warn: Callable[[str], None],
     ) -> BlockStreamer:
         dtype = DTYPES[stage.compute_dtype]
-        layouts = [layout_of(module, "", dtype) for module in blocks.converted(stage.weight_format, dtype).modules]
+        modules = blocks.converted(stage.weight_format, dtype).modules
+        if self._alike:
+            _stand_for_pieces(modules)
+        layouts = [layout_of(module, "", dtype) for module in modules]
         sizes = [layout.total_bytes for layout in layouts]
         self.once_bytes = self._live.peak_bytes[device.type]
         self._live.restart_peak()
@@ -249,6 +257,12 @@ class FakeWeights:
             where = device if placement is Placement.GPU else torch.device("cpu")
             if missing:
                 self._absent.append(torch.empty(missing, dtype=torch.uint8, device=where))
+
+
+def _stand_for_pieces(blocks: Iterable[torch.nn.Module]) -> None:
+    for linear in (module for block in blocks for module in block.modules()):
+        if isinstance(linear, W8A8Linear):
+            linear.starts = lambda total, step: sorted({0, (total - 1) // step * step})
 
 
 def _arena_bytes(stage: StagePlan, sizes: Sequence[int], placement: Placement) -> int:

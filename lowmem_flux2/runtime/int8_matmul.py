@@ -12,6 +12,8 @@ transformers change what they do where it is installed.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch.nn import functional
 
@@ -25,8 +27,20 @@ LEAST_TOKENS = 32
 """It wants more than 16 tokens; fewer are padded to this."""
 
 
+Starts = Callable[[int, int], Iterable[int]]
+
+
+def starts(total: int, step: int) -> Iterable[int]:
+    """Where each piece begins."""
+    return range(0, total, step)
+
+
 def int8_linear(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    starts: Starts = starts,
 ) -> torch.Tensor:
     """A Linear's result in the input's dtype, worked off in pieces of ``INT8_TOKENS`` by ``INT8_ROWS``.
 
@@ -35,21 +49,27 @@ def int8_linear(
         weight: (rows, columns) int8.
         scale: (rows, 1), of any float dtype; products are scaled in fp32.
         bias: (rows,).
+        starts: which pieces are worked off, in both directions; fewer than all leave holes.
     """
     rows, columns = weight.shape
     tokens = x.reshape(-1, columns)
     made = torch.empty(len(tokens), rows, dtype=x.dtype, device=x.device)
-    for first in range(0, len(tokens), INT8_TOKENS):
+    for first in starts(len(tokens), INT8_TOKENS):
         piece = slice(first, first + INT8_TOKENS)
-        _fill(made[piece], tokens[piece], weight, scale, bias)
+        _fill(made[piece], tokens[piece], weight, scale, bias, starts)
     return made.view(*x.shape[:-1], rows)
 
 
 def _fill(
-    made: torch.Tensor, tokens: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+    made: torch.Tensor,
+    tokens: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    starts: Starts,
 ) -> None:
     values, scales = _quantized(tokens)
-    for first in range(0, len(weight), INT8_ROWS):
+    for first in starts(len(weight), INT8_ROWS):
         part = slice(first, first + INT8_ROWS)
         made[:, part] = _scaled(values, scales, weight[part], scale[part], None if bias is None else bias[part])
 

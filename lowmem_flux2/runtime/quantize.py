@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from lowmem_flux2.planning.formats import NF4_BLOCK, NF4_NESTED_BLOCK, group_size
 from lowmem_flux2.planning.gguf_header import BLOCKS
-from lowmem_flux2.runtime.int8_matmul import int8_linear
+from lowmem_flux2.runtime.int8_matmul import Starts, int8_linear, starts
 
 PIECE_WEIGHTS = 1 << 18
 """Quantized at a time: temporaries of 1 MiB that stay in a core's cache, whatever the Linear's size."""
@@ -128,9 +128,10 @@ class W8A8Linear(Int8Linear):
     """int8's weights, multiplied as they are: the input is quantized a token at a time, nothing is expanded."""
 
     format_name = "w8a8"
+    starts: Starts = staticmethod(starts)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return int8_linear(x, self.weight, self.scale, self.bias)
+        return int8_linear(x, self.weight, self.scale, self.bias, self.starts)
 
 
 class Fp8Linear(StoredLinear):

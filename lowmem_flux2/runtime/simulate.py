@@ -106,7 +106,7 @@ class _Run:
         self._live = LiveBytes()
         self._loaded_bytes = 0
         hidden = cut.model.text_encoder.hidden_size
-        self.weights = FakeWeights(cut.folder, hidden, self._live, FakeKernels(cuda=not on_host), cut.repeats)
+        self.weights = FakeWeights(cut.folder, hidden, self._live, FakeKernels(cuda=not on_host), cut.repeats, alike)
 
     def simulated(self, stage: Stage) -> SimulatedStage:
         """Read the meters, while the modes are still on."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 from machines import DEV, machine, plan_for, spec, work
 
+from lowmem_flux2.planning.file_sizes import DECODED_WEIGHTS_PER_S
 from lowmem_flux2.planning.plan import Preparation
 from lowmem_flux2.planning.planner import make_plan
 from lowmem_flux2.planning.preparation import preparations
 from lowmem_flux2.planning.selection import Selection
+from lowmem_flux2.planning.stored import Encoding
 
 INT8 = Selection(weight_format="int8", text_weight_format="nf4")
 
@@ -46,3 +49,7 @@ def test_unquantized_weights_are_read_as_they_are() -> None:
     plan = plan_for(DEV, "rtx-3060-12gb", 64, selection=Selection(weight_format="bf16", text_weight_format="bf16"))
     assert plan.preparations == preparations(plan.stages, spec(DEV), plan.hardware, ()) == ()
     assert plan.prepare_s == 0
+
+
+def test_every_encoding_has_its_rate_of_decoding() -> None:
+    assert set(DECODED_WEIGHTS_PER_S) == set(get_args(Encoding)) - {"plain"}

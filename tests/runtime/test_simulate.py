@@ -21,6 +21,7 @@ from lowmem_flux2.planning.plan import Placement, Plan, StagePlan
 from lowmem_flux2.planning.selection import Selection
 from lowmem_flux2.planning.sources import ModelSource, resolve_model
 from lowmem_flux2.planning.workload import Request, make_request
+from lowmem_flux2.runtime import int8_matmul
 from lowmem_flux2.runtime.checkpoint import TensorFile, Tensors
 from lowmem_flux2.runtime.executor import Executor
 from lowmem_flux2.runtime.inputs import Inputs
@@ -257,6 +258,23 @@ def test_a_cut_model_has_the_peaks_of_the_whole_one(form: str, on_host: bool, fo
             for every in (False, True)
         )
         assert cut == whole
+
+
+def test_pieces_of_an_integer_matmul_have_the_peaks_of_all(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8_matmul, "INT8_TOKENS", 32)
+    monkeypatch.setattr(int8_matmul, "INT8_ROWS", 64)
+    source = resolve_model(str(folders["klein"]))
+    plan, _ = planned(source, Selection(batch_size=3))
+    stage, workload = (
+        replace(mixed(plan.stage("denoise")), weight_format="w8a8"),
+        replace(plan.workload, reference_tokens=150),
+    )
+    cut, whole = (
+        simulate_stage(stage, workload, source.spec, source.configs, every_block=every) for every in (False, True)
+    )
+    assert cut == whole
 
 
 def test_a_cut_model_of_full_size_has_the_peaks_of_the_whole_one() -> None:
