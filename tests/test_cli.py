@@ -197,7 +197,7 @@ def test_a_plan_with_its_alternatives_is_read_and_replays(run: Run) -> None:
 
 
 def test_a_plan_explains_itself_on_one_screen(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ("plan", "-m", "flux2-dev", "--profile", "rtx-4090-24gb", "--max-ram", "48GiB")
+    arguments = ("plan", "-m", "flux2-dev", "--profile", "rtx-4090-24gb", "--max-ram", "24GiB")
     text = run(*arguments).out
     for words in ("predicted: peak VRAM", "before the first run: prepare", "denoise, one step", "what would help"):
         assert words in text
