@@ -141,7 +141,8 @@ def _parse(reader: _Reader, file_bytes: int) -> FileHeader:
         raise CheckpointBroken(f"{path} is not GGUF: it does not begin with those letters")
     version = reader.number("I")
     if version not in (2, 3):
-        raise CheckpointBroken(f"{path}: GGUF version {version}; versions 2 and 3 are read here")
+        turned = "big-endian GGUF" if version >> 24 in (2, 3) else f"GGUF version {version}"
+        raise CheckpointBroken(f"{path}: {turned}; little-endian ones of versions 2 and 3 are read here")
     tensors, values = reader.number("Q"), reader.number("Q")
     fields = {}
     for _ in range(values):

@@ -20,6 +20,7 @@ from lowmem_flux2.units import format_bytes
 
 _LENGTH_BYTES: Final = 8
 _LARGEST_HEADER_BYTES: Final = 100_000_000  # the limit of the safetensors library itself
+_ARCHIVES: Final = {b"Rar!": "RAR", b"7z\xbc\xaf": "7-Zip", b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "Zstandard"}
 _DTYPE_BITS: Final[Mapping[str, int]] = {
     "F4": 4,
     "F6_E2M3": 6,
@@ -117,10 +118,16 @@ def _refuse_other_format(path: Path, start: bytes, file_bytes: int, header_bytes
         found = f"is a git LFS pointer, not the weights themselves{of}: run `git lfs pull` in its repository"
     elif text.startswith((b"<!doctype", b"<html", b"<?xml")):
         found = f"is an HTML page saved under this name (a login or error page): {again(path)} while logged in"
+    elif kind := next((name for magic, name in _ARCHIVES.items() if start.startswith(magic)), None):
+        found = f"is a {kind} archive under this name: unpack it"
+    elif start.startswith(b"PK\x03\x04") and b"data.pkl" not in start:
+        found = "is a ZIP archive under this name, and no pickle of torch's: unpack it"
     elif start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
         found = "is a pickle (a torch .bin or .pt file), not safetensors: convert it, or take the safetensors release"
     elif start.startswith(b"GGUF"):
         found = "is a GGUF file, not safetensors"
+    elif text.startswith((b"{", b"[")):
+        found = f"is a text in JSON, not weights: it begins with {start[:60].decode('utf-8', errors='replace')!r}"
     elif header_bytes > _LARGEST_HEADER_BYTES:
         found = (
             f"is not safetensors: it claims a header of {header_bytes} bytes "

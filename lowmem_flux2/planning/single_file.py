@@ -237,10 +237,11 @@ def _local(argument: str) -> Path:
 
 
 def _hub_part(argument: str, part: SinglePart, hub_cache: Path | None, offline: bool) -> _Part:
-    found = sources.hub_configs(argument, hub_cache, offline)
+    is_file = Path(argument).suffix.lower() in sources.WEIGHTS
+    found = None if is_file else sources.hub_configs(argument, hub_cache, offline)
     if found is None:
         raise CheckpointMissing(
-            f"{_FLAGS[part]} {argument}: there is no such folder, and it is neither a hub id nor one of "
+            f"{_FLAGS[part]} {argument}: there is no such folder or file, and it is neither a hub id nor one of "
             f"{', '.join(sources.MODEL_NAMES)}"
         )
     repo_id, configs, snapshot = found

@@ -54,6 +54,8 @@ MODEL_NAMES: Final = (EMBEDDED, *_ALIASES)
 TOKENIZER_FILES: Final = ("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json")
 """A folder that lacks one of them cannot run, whatever its weights."""
 
+WEIGHTS: Final = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
+"""What a MODEL that is meant as a file ends with."""
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]*\w")
 
 
@@ -148,6 +150,9 @@ def resolve_model(
         from lowmem_flux2.planning.single_file import resolve_file  # it stands above this module
 
         return resolve_file(path, text_encoder, vae, tokenizer, cache=cache, hub_cache=cache_dir, offline=offline)
+    if name not in MODEL_NAMES and not path.is_dir() and path.suffix.lower() in WEIGHTS:
+        link = f": it is a link to {path.readlink()}, which is not there" if path.is_symlink() else ""
+        raise CheckpointMissing(f"there is no file {model}{link}")
     if any(part is not None for part in (text_encoder, vae, tokenizer)):
         raise UsageError(
             f"--text-encoder, --vae and --tokenizer go with a model that is a single file; {model} has its own"
@@ -215,6 +220,8 @@ def shipped_configs(name: str) -> dict[str, Mapping[str, Any]]:
 
 def _from_folder(folder: Path, name: str, kind: SourceKind, source: str) -> ModelSource:
     if not (folder / CONFIG_FILES["model_index"]).is_file():
+        if (folder.resolve().parent / CONFIG_FILES["model_index"]).is_file():
+            raise CheckpointMissing(f"{source} is a part of a model: give the folder that it is in: -m {folder.parent}")
         single = next(iter(sorted((*folder.glob("*.safetensors"), *folder.glob("*.gguf")))), None)
         hint = f"; if {single.name} in it is the model, give that file: -m {single}" if single else ""
         raise CheckpointMissing(f"{source} is not a diffusers folder: it has no model_index.json{hint}")

@@ -74,7 +74,11 @@ REFUSED: dict[str, tuple[bytes, list[str]]] = {
     "lfs pointer": (LFS, ["git LFS pointer", "git lfs pull", "2.00 GiB"]),
     "html": (b"\n<!DOCTYPE html><html>", ["HTML page"]),
     "xml": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", ["HTML page"]),
-    "zip pickle": (b"PK\x03\x04" + bytes(40), ["pickle"]),
+    "zip pickle": (b"PK\x03\x04" + bytes(26) + b"model/data.pkl" + bytes(40), ["pickle"]),
+    "zip": (b"PK\x03\x04" + bytes(26) + b"model.safetensors" + bytes(40), ["ZIP archive", "unpack"]),
+    "rar": (b"Rar!\x1a\x07\x01\x00" + bytes(40), ["RAR archive", "unpack"]),
+    "gzip": (b"\x1f\x8b\x08" + bytes(40), ["gzip archive", "unpack"]),
+    "json": (b'{"weight_map": {"a": "b"}}', ["a text in JSON", "weight_map"]),
     "pickle": (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", ["pickle"]),
     "gguf": (b"GGUF\x03\x00\x00\x00" + bytes(40), ["GGUF"]),
     "noise": (b"\x01\x02\x03\x04\x05\x06\x07\x08" * 4, ["claims a header of"]),
@@ -128,6 +132,14 @@ def test_absent_file_and_folder(tmp_path: Path) -> None:
         component_headers(tmp_path)
 
 
+def test_a_damaged_file_of_the_hub_cache_is_told_by_its_blob(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "abc").write_bytes(b"")
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs" / "abc")
+    with pytest.raises(CheckpointBroken, match=r"remove .*/blobs/abc and download it again"):
+        read_header(tmp_path / "model.safetensors")
+
+
 def sharded(folder: Path) -> None:
     save_file({"a": np.zeros(3, "float16")}, folder / "model-1.safetensors")
     save_file({"b": np.zeros(5, "float32")}, folder / "model-2.safetensors")
@@ -143,6 +155,13 @@ def test_shards(tmp_path: Path) -> None:
     assert component.stored_dtype == "fp32"
     (tmp_path / "model-2.safetensors").unlink()
     with pytest.raises(CheckpointMissing, match=r"1 of 2 shards are missing: model-2\.safetensors"):
+        component_headers(tmp_path)
+
+
+def test_shards_without_their_index_are_half_a_download(tmp_path: Path) -> None:
+    for number in (1, 2):
+        save_file({"a": np.zeros(3, "float16")}, tmp_path / f"model-0000{number}-of-00002.safetensors")
+    with pytest.raises(CheckpointMissing, match="without their index; finish the download"):
         component_headers(tmp_path)
 
 

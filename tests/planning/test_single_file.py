@@ -160,8 +160,10 @@ def test_parts_that_are_missing_or_out_of_place(tmp_path: Path, tiny_klein: Path
         resolve_model("flux2-dev", vae=str(tiny_klein))
     with pytest.raises(CheckpointBroken, match=r"x\.safetensors holds no VAE: .*; it has context_embedder"):
         resolve_model(file, text_encoder=str(tiny_klein), vae=file)
-    with pytest.raises(CheckpointMissing, match="--vae nothing: there is no such folder, and it is neither"):
+    with pytest.raises(CheckpointMissing, match="--vae nothing: there is no such folder or file, and it is neither"):
         resolve_model(file, text_encoder=str(tiny_klein), vae="nothing")
+    with pytest.raises(CheckpointMissing, match=r"--vae a/b\.gguf: there is no such folder or file"):
+        resolve_model(file, text_encoder=str(tiny_klein), vae="a/b.gguf")  # not asked of the hub
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointMissing, match=r"neither a vae/config\.json nor a config\.json"):
         resolve_model(file, text_encoder=str(tiny_klein), vae=str(tmp_path / "empty"))

@@ -164,6 +164,24 @@ def test_absent_folder(path: str) -> None:
         resolve_model(path, offline=True)
 
 
+@pytest.mark.parametrize("path", ["klein.safetensors", "me/klein.gguf", "./klein.ckpt"])
+@pytest.mark.parametrize("parts", [{}, {"vae": "flux2-dev"}])
+def test_absent_file(path: str, parts: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not asked of the hub, and its parts are not what is wrong."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointMissing, match="there is no file "):
+        resolve_model(path, **parts)
+    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).symlink_to("nowhere")
+    with pytest.raises(CheckpointMissing, match="a link to nowhere, which is not there"):
+        resolve_model(path, **parts)
+
+
+def test_a_part_of_a_folder(tiny_klein: Path) -> None:
+    with pytest.raises(CheckpointMissing, match="is a part of a model: give the folder that it is in"):
+        resolve_model(str(tiny_klein / "transformer"))
+
+
 @pytest.mark.parametrize(
     ("typed", "nearest"),
     [("flux2-klein", "flux2-klein-"), ("FLUX2-DEV", "flux2-dev"), ("shape", "shapes"), ("sdxl", "known are shapes")],
@@ -244,7 +262,7 @@ HUB_ERRORS: dict[str, tuple[BaseException, bool, type[CheckpointError], str]] = 
     "refused": (ConnectionRefusedError("no"), False, CheckpointMissing, NOWHERE),
     "timeout": (TimeoutError("slow"), False, CheckpointMissing, NOWHERE),
     "client timeout": (ClientTimeoutError("slow"), False, CheckpointMissing, NOWHERE),
-    "server": (refusal(hub_errors.HfHubHTTPError, 503), True, CheckpointMissing, NOWHERE),
+    "server": (refusal(hub_errors.HfHubHTTPError, 503), True, CheckpointMissing, "it answers 503"),
     "disk full": (OSError(28, "No space left on device"), True, CheckpointMissing, "No space left"),
     "bad id": (hub_errors.HFValidationError("no dashes"), True, CheckpointMissing, "nor a valid hub id: no dashes"),
 }
