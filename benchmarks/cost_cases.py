@@ -70,13 +70,12 @@ class Case:
         )
 
 
-def compare_case(case: Case, turn: int | None = None) -> Iterator[Comparison]:
-    """Each stage, predicted and simulated; or one of them, taken in turn."""
+def compare_case(case: Case) -> Iterator[Comparison]:
+    """Each stage, predicted and simulated."""
     source = _source(case.model)
     hardware = load_profile("cpu" if case.device == "cpu" else "rtx-3090-24gb")
     model = source.spec if case.is_cut else _uncut(source.spec)
-    stages = stages_of(case.workload)
-    for name in stages if turn is None else (stages[turn % len(stages)],):
+    for name in stages_of(case.workload):
         bare = _stage(case, name, model)
         stage = replace(bare, cost=stage_cost(bare, model, case.workload, hardware))
         yield compare_stage(stage, case.workload, model, source.configs, on_host=case.device == "cpu")

@@ -23,7 +23,7 @@ from lowmem_flux2.planning.batches import batch_sizes, batches_a_pass
 from lowmem_flux2.planning.chunks import chunk_bounds
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Stage, StagePlan
-from lowmem_flux2.planning.tiles import tile_starts
+from lowmem_flux2.planning.tiles import SPATIAL_FACTOR, tile_starts
 from lowmem_flux2.planning.workload import Request, Workload
 from lowmem_flux2.runtime.alike import Cut, cut_text_encoder, cut_transformer
 from lowmem_flux2.runtime.decode import Decoder
@@ -172,14 +172,22 @@ class _Run:
         denoiser.denoise(noise, embeds[0], negative, references=references, on_loaded=self._loaded)
 
     def reference(self) -> None:
-        """Every picture, in all its tiles."""
-        encoder = ReferenceEncoder(self._cut.folder, self._cut.model, self._cut.stage, self._device, self.weights)
+        """Every picture, or of each size the first and the last, which meets all other results."""
+        encoder = _ReferenceEncoder(self._cut.folder, self._cut.model, self._cut.stage, self._device, self.weights)
         self._loaded()
         channels = self._cut.model.vae.in_channels
         # Zeros, because empty bytes count as weights.
         sizes = self._workload.references
         pictures = [torch.zeros(height, width, channels, dtype=torch.uint8) for width, height in sizes]
-        joined([encoder.encode(picture) for picture in pictures])
+        made: list[torch.Tensor] = []
+        for number, (size, picture) in enumerate(zip(sizes, pictures, strict=True)):
+            if self._alike and size in sizes[:number] and size in sizes[number + 1 :]:
+                made.append(torch.empty_like(made[sizes.index(size)]))
+                continue
+            if self._alike and self._cut.stage.tile_px:
+                encoder.stand_for_tiles(size, self._cut.stage.tile_px)
+            made.append(encoder.encode(picture))
+        joined(made)
 
     def decode(self) -> None:
         work, model = self._workload, self._cut.model
@@ -249,32 +257,48 @@ class _Denoiser(Denoiser):
         return super()._run(noise, references, progress, timesteps, sigmas, steps[:STEPS_RUN], *rest)
 
 
+class _ReferenceEncoder(ReferenceEncoder):
+    """The executor's, which may run only the first and the last tile of each size."""
+
+    def stand_for_tiles(self, size: tuple[int, int], tile_px: int) -> None:
+        """Of the next picture, (width, height)."""
+        self._vae.encoder.forward = type(self._vae.encoder).forward.__get__(self._vae.encoder)
+        _stand_for_tiles(self._vae, self._vae.encoder, size, tile_px, SPATIAL_FACTOR)
+
+
 class _Decoder(Decoder):
     """The executor's, which may run only the first and the last tile of each size."""
 
     def stand_for_tiles(self, work: Workload, tile_px: int) -> None:
-        """Not blending either: it writes into tiles that are there, a row at a time.
+        _stand_for_tiles(self._vae, self._vae.decoder, (work.width, work.height), tile_px, 1)
 
-        The last tile of a size meets the most finished ones, so the peak is the same.
-        """
-        vae = self._vae
-        vae.blend_v = vae.blend_h = lambda above, tile, extent: tile
-        down, across = (tile_starts(side, tile_px) for side in (work.height, work.width))
-        totals = Counter((height, width) for _, height in down for _, width in across)
-        seen: Counter[tuple[int, int]] = Counter()
-        run = vae.decoder.forward
-        made: dict[tuple[int, int], torch.Size] = {}
 
-        def forward(latents: torch.Tensor) -> torch.Tensor:
-            size = (latents.shape[-2], latents.shape[-1])
-            seen[size] += 1
-            if 1 < seen[size] < totals[size]:
-                return latents.new_empty(made[size])
-            picture: torch.Tensor = run(latents)
-            made[size], seen[size] = picture.shape, seen[size] % totals[size]
-            return picture
+def _stand_for_tiles(vae: Any, half: Any, size: tuple[int, int], tile_px: int, factor: int) -> None:
+    """Let one half of the VAE run the first and the last tile of each size, of pictures of (width, height).
 
-        vae.decoder.forward = forward
+    The last tile of a size meets the most finished ones, so the peak is the same. Not blending either: it writes into
+    tiles that are there, a row at a time.
+
+    Args:
+        factor: what the half is given, in latents.
+    """
+    vae.blend_v = vae.blend_h = lambda above, tile, extent: tile
+    across, down = (tile_starts(side, tile_px) for side in size)
+    totals = Counter((factor * height, factor * width) for _, height in down for _, width in across)
+    seen: Counter[tuple[int, int]] = Counter()
+    run = half.forward
+    made: dict[tuple[int, int], torch.Size] = {}
+
+    def forward(given: torch.Tensor) -> torch.Tensor:
+        key = (given.shape[-2], given.shape[-1])
+        seen[key] += 1
+        if 1 < seen[key] < totals[key]:
+            return given.new_empty(made[key])
+        result: torch.Tensor = run(given)
+        made[key], seen[key] = result.shape, seen[key] % totals[key]
+        return result
+
+    half.forward = forward
 
 
 class _Tokenizer:

@@ -1,7 +1,6 @@
 """Closed forms of memory within 3 % of the simulator: every pair of values that a plan may combine, in 40 cases.
 
-Every stage of every case takes minutes, so each case has one of its stages simulated. ``benchmarks/cost_accuracy.py``
-simulates all stages, of some hundred random cases.
+``benchmarks/cost_accuracy.py`` does the same with some hundred random cases.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ def test_the_cases_hold_every_pair() -> None:
 
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_predicted_bytes_are_within_3_per_cent_of_the_simulated_ones(number: int) -> None:
-    """Of one of its stages, in turn, the device's peak and every part of it, and the host's."""
-    for each in compare_case(Case(**CASES[number]), turn=number):
+    """Of each of its stages, the device's peak and every part of it, and the host's."""
+    for each in compare_case(Case(**CASES[number])):
         for kind in ("resident", "slots", "activations", "device", "host"):
             predicted, simulated = getattr(each.predicted, kind), getattr(each.simulated, kind)
             assert predicted == pytest.approx(simulated, rel=TOLERANCE, abs=1 << 20), (each.stage, kind, CASES[number])

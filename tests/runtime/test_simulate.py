@@ -277,6 +277,20 @@ def test_pieces_of_an_integer_matmul_have_the_peaks_of_all(
     assert cut == whole
 
 
+def test_a_cut_reference_stage_has_the_peaks_of_the_whole_one(folders: dict[str, Path]) -> None:
+    """Pictures of one size, of which two are run, and tiles of one size."""
+    source = resolve_model(str(folders["klein"]))
+    plan, _ = planned(source, Selection())
+    workload = replace(plan.workload, references=((512, 384),) * 3 + ((256, 192),) + ((512, 384),))
+    for tile, on_host in ((0, False), (128, False), (128, True)):
+        stage = replace(StagePlan.bare("reference", "fp32", "fp32"), tile_px=tile)
+        cut, whole = (
+            simulate_stage(stage, workload, source.spec, source.configs, on_host=on_host, every_block=every)
+            for every in (False, True)
+        )
+        assert cut == whole
+
+
 def test_a_cut_model_of_full_size_has_the_peaks_of_the_whole_one() -> None:
     """klein-4b's 25 blocks and 27 layers, and what the plan says of them, to the byte."""
     source = resolve_model("flux2-klein-4b")
