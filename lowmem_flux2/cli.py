@@ -207,8 +207,6 @@ def simulate(
 
     lowmem-flux2 simulate -m flux2-klein-4b --profile rtx-3060-12gb
     """
-    if flags.caption_upsample is not None:
-        raise UsageError("--caption-upsample is not simulated: its stage grows by a token a round; leave it out")
     from lowmem_flux2 import arguments
     from lowmem_flux2.planning.job import plan_job
 

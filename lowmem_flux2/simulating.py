@@ -13,7 +13,7 @@ from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Plan, StagePlan
 from lowmem_flux2.planning.stage_cost import StageCost
 from lowmem_flux2.planning.workload import Workload
-from lowmem_flux2.runtime.simulate import SimulatedStage, simulate_stage
+from lowmem_flux2.runtime.simulate import SimulatedStage, check_simulated, simulate_stage
 from lowmem_flux2.units import format_bytes
 
 KINDS = ("resident", "slots", "activations", "device", "host")
@@ -64,7 +64,12 @@ def compare(plan: Plan, model: ModelSpec, configs: Path, *, every_block: bool = 
     Args:
         configs: folder of the model's config files.
         every_block: run all blocks, layers and tiles, not only those that differ.
+
+    Raises:
+        UsageError: a stage that is not simulated.
     """
+    for stage in plan.stages:
+        check_simulated(stage)
     on_host = plan.hardware.device == "cpu"
     return [
         compare_stage(stage, plan.workload, model, configs, on_host=on_host, every_block=every_block)

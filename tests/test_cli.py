@@ -395,4 +395,5 @@ def test_simulated_bytes_come_beside_predicted_ones(run: Run) -> None:
     assert [stage["stage"] for stage in stages] == ["encode", "denoise", "decode"]
     for stage in stages:  # some norms of a kilobyte are not counted, which tells in so small a model
         assert stage["predicted"]["device"] == pytest.approx(stage["simulated"]["device"], abs=16 << 10, rel=0.02)
-    _fails(run("simulate", "--caption-upsample", "0.15"), 2, "not simulated")
+    dev = ("simulate", "-m", "flux2-dev", "--profile", "rtx-4090-24gb")
+    _fails(run(*dev, "--caption-upsample", "0.15"), 2, "not simulated")

@@ -18,9 +18,11 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning.adapters import Lora
 from lowmem_flux2.planning.batches import batch_sizes, batches_a_pass
 from lowmem_flux2.planning.chunks import chunk_bounds
+from lowmem_flux2.planning.formats import GGUF
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Stage, StagePlan
 from lowmem_flux2.planning.tiles import SPATIAL_FACTOR, tile_starts
@@ -78,7 +80,11 @@ def simulate_stage(
         on_host: on ``device=cpu``, with its kernels; else on a GPU.
         every_block: run all blocks, layers, chunks and tiles, not only those that differ; so it is with LoRAs, as any
             block may have one.
+
+    Raises:
+        UsageError: a stage that is not simulated.
     """
+    check_simulated(stage)
     every_block = every_block or bool(workload.adapters)
     with TemporaryDirectory() as made:
         cut = None
@@ -92,6 +98,17 @@ def simulate_stage(
             stages = {"encode": run.encode, "reference": run.reference, "denoise": run.denoise, "decode": run.decode}
             stages[stage.stage]()
             return run.simulated(stage.stage)
+
+
+def check_simulated(stage: StagePlan) -> None:
+    """Raises UsageError for what fake tensors cannot tell."""
+    if stage.stage == "upsample":
+        raise UsageError("--caption-upsample is not simulated: what is drawn decides how it goes on; leave it out")
+    if stage.weight_format == GGUF:
+        raise UsageError(
+            f"{stage.component} blocks in {GGUF} are not simulated, as a plan has their bytes and not their types: "
+            "give another --weight-format or --text-weight-format"
+        )
 
 
 class _Run:

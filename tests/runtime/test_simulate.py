@@ -15,6 +15,7 @@ from diffusers import Flux2Transformer2DModel
 from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock
 from torch.profiler import ProfilerActivity, profile
 
+from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning.formats import PLAIN_FORMATS
 from lowmem_flux2.planning.job import plan_job, resolve_machine
 from lowmem_flux2.planning.plan import Placement, Plan, StagePlan
@@ -337,3 +338,11 @@ def test_reference_tokens_and_guidance_take_memory(folders: dict[str, Path]) -> 
 
     assert peak(reference_tokens=0).activation_bytes < peak(reference_tokens=64).activation_bytes
     assert peak(guidance_passes=1).activation_bytes < peak(guidance_passes=2).activation_bytes
+
+
+def test_what_is_not_simulated_is_refused(folders: dict[str, Path]) -> None:
+    source = resolve_model(str(folders["dev"]))
+    workload = planned(source, Selection())[0].workload
+    for stage in (StagePlan.bare("upsample", "fp32", "fp32"), StagePlan.bare("denoise", "gguf", "fp32")):
+        with pytest.raises(UsageError, match="not simulated"):
+            simulate_stage(stage, workload, source.spec, source.configs)
