@@ -32,7 +32,7 @@ case $piece in
         tee "$out/tests.log" || status=1
     suite parity 150
     suite recovery 80
-    suite compiled 100
+    suite compiled 170
     ;;
 2) suite caps 380 ;;
 3) suite peers 380 ;;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,20 @@ def run(part: Any, bench: Bench, name: str) -> dict[str, Any]:
     result: dict[str, Any] = json.loads(json.dumps(case.run(bench)))
     assert result["line"]
     return result
+
+
+PARTS = (caps, compiled, disktier, parity, peers, ratio, recovery)
+START_S = 25
+"""A generous start of a worker on a card: imports, the context."""
+
+
+def test_each_part_of_the_smoke_run_has_time_for_a_case(tmp_path: Path) -> None:
+    script = (ROOT / "benchmarks" / "gpu_smoke.sh").read_text()
+    given = {part: int(seconds) for part, seconds in re.findall(r"suite (\w+) (\d+)", script)}
+    bench = Bench(device="cpu", tiny=False, profile="auto", scratch=tmp_path, out=tmp_path)
+    firsts = {part.__name__.rpartition(".")[2]: part.cases(bench)[0].guess_s for part in PARTS}
+    assert given.keys() == firsts.keys()
+    assert [part for part, seconds in given.items() if seconds < firsts[part] + START_S] == []
 
 
 # ------------------------------------------------------------------------------------------------------ the parts
