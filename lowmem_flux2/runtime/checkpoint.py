@@ -208,7 +208,8 @@ class TensorFile:
         """Values of the stored tensor from its ``first`` on."""
         if tensor.encoding != "plain":
             columns, least = tensor.row_values, rows_together(tensor)
-            step = max(1, DECODE_BYTES // 4 // columns // least) * least
+            size = DECODE_BYTES * (8 if tensor.state.get("transposed") else 1)  # of which each column is a read
+            step = max(1, size // 4 // columns // least) * least
             rows = len(destination) // columns
             for row in range(0, rows, step):
                 count = min(step, rows - row)

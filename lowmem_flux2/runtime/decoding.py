@@ -33,10 +33,9 @@ TORCH_DTYPES = {
 _PACKED_DTYPES = {"U16": torch.uint16, "I16": torch.int16}
 """That SDNQ packs values of 9 to 15 bits into."""
 
-_SDNQ_ROWS = 64
-"""Decoded together: whole groups of packed values, and the same products however rows are cut."""
-_TRANSPOSED_ROWS = 512
-"""Of a matrix that lies transposed, where each column is a read of its own."""
+_TOGETHER_ROWS, _TRANSPOSED_ROWS = 64, 1024
+"""Of SDNQ's, decoded together: whole groups of packed values, and the same products however rows are cut; the second
+where the matrix lies transposed, so that each column is a read of its own."""
 
 Open = Callable[[Place], RawFile]
 """The open file that holds a place."""
@@ -46,7 +45,9 @@ def rows_together(tensor: StoredTensor) -> int:
     """Rows, from a multiple of so many on, that are not decoded one by one."""
     if tensor.encoding != "sdnq":
         return 1
-    return _TRANSPOSED_ROWS if tensor.state["transposed"] else _SDNQ_ROWS
+    if not tensor.state["transposed"]:
+        return _TOGETHER_ROWS
+    return _TRANSPOSED_ROWS if "svd_up" in tensor.aids or tensor.state["use_hadamard"] else 1
 
 
 def decoded_rows(tensor: StoredTensor, opened: Open, first: int, rows: int, direct: bool) -> torch.Tensor:
@@ -56,9 +57,9 @@ def decoded_rows(tensor: StoredTensor, opened: Open, first: int, rows: int, dire
     if tensor.encoding == "gguf":
         return _gguf(tensor, opened, first, rows, direct)
     if tensor.encoding == "sdnq":
-        grid = rows_together(tensor)
-        begin = first // grid * grid
-        parts = [_sdnq(tensor, opened, at, min(grid, tensor.shape[0] - at)) for at in range(begin, first + rows, grid)]
+        least = rows_together(tensor)
+        begin, step = first // least * least, least if least > 1 else rows
+        parts = [_sdnq(tensor, opened, at, min(step, tensor.shape[0] - at)) for at in range(begin, first + rows, step)]
         return torch.cat(parts)[first - begin :][:rows].reshape(-1)
     return _bnb4(tensor, opened, first, rows, direct)
 
@@ -154,4 +155,8 @@ def _sdnq(tensor: StoredTensor, opened: Open, first: int, rows: int) -> torch.Te
 def _columns(place: Place, opened: Open, first: int, count: int) -> torch.Tensor:
     """Columns of a stored matrix as rows."""
     rows, columns = place.info.shape
-    return torch.stack([_read(place, opened, row * columns + first, count) for row in range(rows)], dim=1)
+    values = torch.empty(rows, count, dtype=TORCH_DTYPES[place.info.dtype])
+    file, size = opened(place), values.element_size()
+    for row in range(rows):
+        file.read_into(values[row], place.offset + (row * columns + first) * size)
+    return values.t().contiguous()

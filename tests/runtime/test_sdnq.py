@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dynamic": {"weights_dtype": "int5", "use_dynamic_quantization": True, "dynamic_loss_threshold": 1e-3, **SVD},
     "int8": {"weights_dtype": "int8"},
     "int8-transposed": {"weights_dtype": "int8", "use_quantized_matmul": True, **SVD},
+    "uint8-transposed": {"weights_dtype": "uint8", "use_quantized_matmul": True},
     "one scale": {"weights_dtype": "int8", "group_size": -2},
     "hadamard": {"weights_dtype": "int6", "use_hadamard": True, "hadamard_group_size": 24},
     "codebook": {"weights_dtype": "uint4", "use_codebook": True, "group_size": 16},
