@@ -226,6 +226,8 @@ def _tokenizer(
             "has: give a folder, a name or a hub id with --tokenizer"
         )
     folder = _local(argument)
+    if folder.is_file():
+        raise UsageError(f"--tokenizer {argument} is a file: give the folder that it is in")
     if not folder.is_dir():
         return _hub_part(argument, "tokenizer", hub_cache, offline)
     own = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
@@ -275,7 +277,7 @@ def _checked(key: SinglePart, part: _Part, spec: ModelSpec, source: str) -> _Par
         return part
     try:
         if key == "tokenizer":
-            sources.check_tokenizer(part.place.parent, source, part.place.name)
+            sources.check_tokenizer(part.place.parent, source, spec.text_encoder.architecture, part.place.name)
         elif part.header is not None:
             check_headers(part.place, (part.header,), spec.stored_weights(key), partial(spec.needs, key))
         else:

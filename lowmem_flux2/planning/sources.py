@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, get_args
 from lowmem_flux2.errors import CheckpointBroken, CheckpointMissing, UsageError
 from lowmem_flux2.planning.configs import CONFIG_FILES, read_configs, spec_from_configs
 from lowmem_flux2.planning.hub import cached_snapshot, download_configs
-from lowmem_flux2.planning.models import Component, ModelSpec
+from lowmem_flux2.planning.models import Architecture, Component, ModelSpec
 from lowmem_flux2.planning.stored import model_view, packed_blocks, packed_layers
 from lowmem_flux2.planning.weight_files import ComponentWeights, check_component
 
@@ -54,6 +54,8 @@ MODEL_NAMES: Final = (EMBEDDED, *_ALIASES)
 TOKENIZER_FILES: Final = ("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json")
 """A folder that lacks one of them cannot run, whatever its weights."""
 
+_MARKS: Final[Mapping[Architecture, str]] = {"qwen3": "<|im_start|>", "mistral3": "[INST]"}
+"""A token of each text encoder's own: another's ids would be read as words that nobody wrote."""
 WEIGHTS: Final = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 """What a MODEL that is meant as a file ends with."""
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]*\w")
@@ -189,8 +191,8 @@ def check_weights(folder: Path, spec: ModelSpec) -> dict[Component, ComponentWei
     }
 
 
-def check_tokenizer(folder: Path, source: str, name: str = "tokenizer") -> None:
-    """Check that the files of the tokenizer of that name in a folder are there and hold JSON.
+def check_tokenizer(folder: Path, source: str, architecture: Architecture, name: str = "tokenizer") -> None:
+    """Check that a tokenizer's files, in a folder of that name, are there, hold JSON, and are of this text encoder.
 
     Raises:
         CheckpointMissing, CheckpointBroken: names the file.
@@ -198,13 +200,19 @@ def check_tokenizer(folder: Path, source: str, name: str = "tokenizer") -> None:
     for file in (expected.replace("tokenizer/", f"{name}/", 1) for expected in TOKENIZER_FILES):
         path = folder / file
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            value = json.loads(text)
         except FileNotFoundError:
             raise CheckpointMissing(f"{source}: {file} is missing: download the whole repository again") from None
         except (ValueError, OSError) as error:
             raise CheckpointBroken(f"{source}: {file} cannot be read as JSON: {error} ({path})") from error
         if not isinstance(value, dict):
             raise CheckpointBroken(f"{source}: {file} holds {type(value).__name__}, not a JSON object ({path})")
+        if file == TOKENIZER_FILES[0].replace("tokenizer/", f"{name}/", 1) and f'"{_MARKS[architecture]}"' not in text:
+            raise CheckpointBroken(
+                f"{source}: {file} is of another text encoder: it has no {_MARKS[architecture]!r}, as that of "
+                f"{architecture} has ({path})"
+            )
 
 
 def shipped_configs(name: str) -> dict[str, Mapping[str, Any]]:
@@ -241,7 +249,7 @@ def check_folder(folder: Path, spec: ModelSpec, source: str) -> ModelSpec:
     Raises:
         CheckpointMissing, CheckpointBroken: names the file.
     """
-    check_tokenizer(folder, source)
+    check_tokenizer(folder, source, spec.text_encoder.architecture)
     found = check_weights(folder, spec)
     text = found["text_encoder"]
     return replace(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,10 +15,11 @@ from lowmem_flux2.planning.file_sizes import FileSizes, Held, file_sizes
 from lowmem_flux2.planning.gguf_header import is_gguf, read_gguf_header
 from lowmem_flux2.planning.headers import FileHeader, read_header
 from lowmem_flux2.planning.models import StoredDtype
-from lowmem_flux2.planning.stored import model_view
+from lowmem_flux2.planning.stored import StoredTensor, model_view
 
 _STORED_DTYPES: Final[Mapping[str, StoredDtype]] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 _SHARD: Final = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+_BLOCK: Final = re.compile(r"(.*?\b(?:single_transformer_blocks|transformer_blocks|layers))\.(\d+)\.(.+)")
 _STEMS: Final = ("diffusion_pytorch_model", "model")
 
 
@@ -140,6 +141,7 @@ def check_headers(
     held = needed.values()
     if not held:
         raise CheckpointBroken(f"{path}: its files hold no tensors that are needed")
+    lacking = list(_lacking(needed))
     num_weights = sum(tensor.num_values for tensor in held if tensor.is_weight)
     bytes_of: Counter[tuple[str, bool]] = Counter()
     for tensor in held:
@@ -147,6 +149,11 @@ def check_headers(
     dtype, is_quantized = bytes_of.most_common(1)[0][0]
     if accepted_weights and num_weights not in accepted_weights:
         wanted = " or ".join(str(count) for count in sorted(accepted_weights))
+        if lacking:
+            raise CheckpointBroken(
+                f"{path}: it lacks the tensor {lacking[0]!r}, which its other blocks have: it holds {num_weights} "
+                f"weights, the config implies {wanted}"
+            )
         raise CheckpointBroken(
             f"{path}: the files hold {num_weights} weights (mostly {dtype}), the config implies {wanted}: "
             "config and weights are of different models, or the weights are quantized in a form that is not known here"
@@ -155,6 +162,29 @@ def check_headers(
         [Held(name, tensor.stored_bytes, tensor.num_values, tensor.encoding) for name, tensor in needed.items()]
     )
     return ComponentWeights(path, headers, num_weights, sum(bytes_of.values()), dtype, is_quantized, sizes)
+
+
+def _lacking(view: Mapping[str, StoredTensor]) -> Iterator[str]:
+    """Tensors that some blocks have and others do not.
+
+    Raises:
+        CheckpointBroken: a tensor of another shape than those of the same name in other blocks.
+    """
+    blocks: dict[str, set[str]] = {}
+    shapes: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
+    for name, tensor in view.items():
+        if found := _BLOCK.match(name):
+            blocks.setdefault(found[1], set()).add(found[2])
+            shapes.setdefault((found[1], found[3]), {})[found[2]] = tensor.shape
+    for (prefix, leaf), of in shapes.items():
+        usual = Counter(of.values()).most_common(1)[0][0]
+        for index, shape in of.items():
+            if shape != usual:
+                raise CheckpointBroken(
+                    f"{next(iter(view.values())).place.header.path}: tensor {f'{prefix}.{index}.{leaf}'!r} has shape "
+                    f"{list(shape)}, in other blocks it has {list(usual)}"
+                )
+        yield from (f"{prefix}.{index}.{leaf}" for index in sorted(blocks[prefix] - of.keys()))
 
 
 def _weight_file(folder: Path) -> tuple[Path, bool]:

@@ -127,7 +127,7 @@ def test_a_vae_of_flux1_is_refused(tmp_path: Path, tiny_klein: Path) -> None:
         resolve_model(str(file), text_encoder=str(tiny_klein), vae=str(vae), offline=True)
 
 
-def test_where_a_tokenizer_comes_from(tmp_path: Path, tiny_klein: Path) -> None:
+def test_where_a_tokenizer_comes_from(tmp_path: Path, tiny_klein: Path, tiny_dev: Path) -> None:
     spec = resolve_model(str(tiny_klein)).spec
     file = write(tmp_path / "x.safetensors", bfl_shapes(spec.transformer))
     (tmp_path / "encoder").mkdir()
@@ -135,6 +135,10 @@ def test_where_a_tokenizer_comes_from(tmp_path: Path, tiny_klein: Path) -> None:
     given = {"text_encoder": str(encoder), "vae": str(tiny_klein)}
     with pytest.raises(UsageError, match=r"is a file without a tokenizer beside it, .* with --tokenizer"):
         resolve_model(str(file), **given)
+    with pytest.raises(UsageError, match="is a file: give the folder that it is in"):
+        resolve_model(str(file), **given, tokenizer=str(tiny_klein / "tokenizer" / "tokenizer.json"))
+    with pytest.raises(CheckpointBroken, match=r"is of another text encoder: it has no '<\|im_start\|>'"):
+        resolve_model(str(file), **given, tokenizer=str(tiny_dev))
     found = resolve_model(str(file), **given, tokenizer=str(tiny_klein))
     assert found.folder is not None
     assert (found.folder / "tokenizer").resolve() == tiny_klein / "tokenizer"

@@ -152,6 +152,31 @@ def test_says_what_was_found(case: str, tmp_path: Path) -> None:
         resolve_model(str(write(tmp_path / "x.safetensors", shapes, dtype)), offline=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "told"),
+    [
+        (
+            "double_blocks.1.img_attn.proj.weight",
+            None,
+            r"lacks the tensor 'transformer_blocks\.1\.attn\.to_out\.0\.weight'",
+        ),
+        (
+            "single_blocks.2.linear2.weight",
+            (256, 64),
+            r"blocks\.2\.attn\.to_out\.weight' has shape \[256, 64\], in other",
+        ),
+    ],
+)
+def test_a_block_unlike_the_others(
+    name: str, shape: tuple[int, ...] | None, told: str, tmp_path: Path, tiny_klein: Path
+) -> None:
+    shapes = bfl_shapes(resolve_model(str(tiny_klein)).spec.transformer)
+    assert shape is None or sorted(shape) == sorted(shapes[name])
+    changed = {**shapes, name: shape} if shape else {key: value for key, value in shapes.items() if key != name}
+    with pytest.raises(CheckpointBroken, match=told):
+        resolve_model(str(write(tmp_path / "x.safetensors", changed)), text_encoder=str(tiny_klein))
+
+
 def test_parts_that_are_missing_or_out_of_place(tmp_path: Path, tiny_klein: Path) -> None:
     file = str(write(tmp_path / "x.safetensors", bfl_shapes(resolve_model(str(tiny_klein)).spec.transformer)))
     with pytest.raises(UsageError, match=r"2 double-stream and 3 single-stream .* give both --text-encoder and --vae"):
