@@ -150,7 +150,7 @@ def measure_fidelity(
     write_atomically(folder / f"{stem}.md", markdown(found))
     if rows:
         contact_sheet(rows).save(folder / f"{stem}.png", optimize=True)
-    console.print(_table(found))
+    console.print(_table(found, console.width))
     console.print(f"wrote {folder / stem}.json, .md and .png", soft_wrap=True)
     return found
 
@@ -306,12 +306,18 @@ def markdown(found: Sequence[Figures]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(found: Sequence[Figures]) -> Table:
+NARROW = ("variant", "PSNR median", "PSNR worst", "SSIM worst", "latents worst", "time ratio")
+"""Columns of a terminal that is too narrow for all; the files have all."""
+
+
+def _table(found: Sequence[Figures], width: int) -> Table:
+    shown = HEADINGS if width >= 130 else NARROW
     table = Table(show_edge=False, pad_edge=False)
-    for heading in HEADINGS:
+    for heading in shown:
         table.add_column(heading, justify="left" if heading in ("variant", "against") else "right")
     for one in found:
-        table.add_row(*_cells(one))
+        cells = dict(zip(HEADINGS, _cells(one), strict=True))
+        table.add_row(*(cells[heading] for heading in shown))
     return table
 
 
