@@ -28,7 +28,16 @@ from lowmem_flux2.planning.workload import Request
 from lowmem_flux2.report import StageMeasure
 from lowmem_flux2.runtime.decode import Decoder
 from lowmem_flux2.runtime.denoise import Denoiser, Progress, initial_latents
-from lowmem_flux2.runtime.device import DTYPES, cap_vram, host_use, measure, release_memory, synchronize, torch_device
+from lowmem_flux2.runtime.device import (
+    DTYPES,
+    cap_vram,
+    host_use,
+    measure,
+    release_memory,
+    return_large_blocks,
+    synchronize,
+    torch_device,
+)
 from lowmem_flux2.runtime.encode import TextEncoder, image_rows
 from lowmem_flux2.runtime.inputs import Inputs, batches_to_encode
 from lowmem_flux2.runtime.interruption import Interruption
@@ -125,6 +134,7 @@ class Executor:
             NonFiniteLatents: NaN or infinity appeared.
             RunError: out of memory on the last rung of the recovery ladder.
         """
+        return_large_blocks()
         cap_vram(self._device, self._plan.limits.vram_bytes, self._plan.hardware.context_bytes)
         self._interruption = inputs.interruption or self._interruption
         packed = inputs.packed
