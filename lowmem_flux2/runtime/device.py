@@ -19,7 +19,6 @@ import torch
 
 from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning.identity import cpu_model
-from lowmem_flux2.units import MIB
 
 SAMPLE_INTERVAL_S = 0.005
 _STATUS = Path("/proc/self/status")
@@ -27,7 +26,7 @@ _IO = Path("/proc/self/io")
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _MALLOC_TRIM = getattr(_LIBC, "malloc_trim", None)  # glibc's, as is mallopt
 _MALLOPT = getattr(_LIBC, "mallopt", None)
-_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES = -3, MIB
+_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES = -3, 1 << 20
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Names of compute dtypes and unquantized weight formats."""
@@ -148,7 +147,8 @@ def return_large_blocks() -> None:
 
     glibc does so from 128 KiB, but raises that to the size of the largest block freed so far, up to 32 MiB (mallopt(3),
     M_MMAP_THRESHOLD): a CPU's activations then lie in heaps, between pieces that stay. Decoding 256x256 in bf16 took
-    189 to 229 MiB that way, and 123 to 134 MiB with a threshold that stays. Matmuls take no longer.
+    189 to 229 MiB that way, and 123 to 134 MiB with a threshold that stays; runs take no
+    longer at 1 MiB (those of `shapes` a tenth at 128 KiB).
     """
     if _MALLOPT is not None:
         _MALLOPT(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
