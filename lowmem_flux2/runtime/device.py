@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import gc
+import os
 import sys
 import threading
 import time
@@ -145,12 +146,14 @@ def release_memory(device: torch.device, after_failure: bool = False) -> None:
 def return_large_blocks() -> None:
     """Have the C library return each large block of memory to the system when it is freed, in this process.
 
+    Unless MALLOC_MMAP_THRESHOLD_ is set, which says it already.
+
     glibc does so from 128 KiB, but raises that to the size of the largest block freed so far, up to 32 MiB (mallopt(3),
     M_MMAP_THRESHOLD): a CPU's activations then lie in heaps, between pieces that stay. Decoding 256x256 in bf16 took
     189 to 229 MiB that way, and 123 to 134 MiB with a threshold that stays; runs take no
     longer at 1 MiB (those of `shapes` a tenth at 128 KiB).
     """
-    if _MALLOPT is not None:
+    if _MALLOPT is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         _MALLOPT(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
 
 

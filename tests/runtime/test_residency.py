@@ -168,11 +168,9 @@ import json, resource, sys, threading
 import torch
 from lowmem_flux2 import Engine
 from lowmem_flux2.errors import DecodeFailed
-from lowmem_flux2.runtime import device
 from lowmem_flux2.runtime.device import _STATUS, release_memory
 from lowmem_flux2.runtime.observer import Silent
 
-device._MMAP_THRESHOLD_BYTES = 1 << 16  # malloc otherwise keeps address space for later, differently each time
 torch.set_num_threads(1)
 threading.stack_size(1 << 20)  # not 8 MiB, which would count
 large, cap, room = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -214,7 +212,8 @@ def pressed(large: Path) -> dict[str, Any]:
     """Runs that are short of memory, each in its way, in one process."""
     room = weights(large, "transformer", "transformer_blocks.", "single_transformer_blocks.") * 9 // 10
     command = [sys.executable, "-c", PRESSED, str(large), "500MiB", str(room)]
-    environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}
+    # malloc otherwise keeps address space for later, differently each time
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     measured: dict[str, Any] = json.loads(done.stdout)
