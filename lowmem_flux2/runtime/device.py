@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import gc
-import os
 import sys
 import threading
 import time
@@ -24,10 +23,7 @@ from lowmem_flux2.planning.identity import cpu_model
 SAMPLE_INTERVAL_S = 0.005
 _STATUS = Path("/proc/self/status")
 _IO = Path("/proc/self/io")
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-_MALLOC_TRIM = getattr(_LIBC, "malloc_trim", None)  # glibc's, as is mallopt
-_MALLOPT = getattr(_LIBC, "mallopt", None)
-_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES = -3, 1 << 20
+_MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Names of compute dtypes and unquantized weight formats."""
@@ -141,20 +137,6 @@ def release_memory(device: torch.device, after_failure: bool = False) -> None:
         torch.cuda.empty_cache()
     if _MALLOC_TRIM is not None:  # glibc keeps freed pieces of up to 32 MiB in its heaps: a stage's leavings add up
         _MALLOC_TRIM(0)
-
-
-def return_large_blocks() -> None:
-    """Have the C library return each large block of memory to the system when it is freed, in this process.
-
-    Unless MALLOC_MMAP_THRESHOLD_ is set, which says it already.
-
-    glibc does so from 128 KiB, but raises that to the size of the largest block freed so far, up to 32 MiB (mallopt(3),
-    M_MMAP_THRESHOLD): a CPU's activations then lie in heaps, between pieces that stay. Decoding 256x256 in bf16 took
-    189 to 229 MiB that way, and 123 to 134 MiB with a threshold that stays; runs take no
-    longer at 1 MiB (those of `shapes` a tenth at 128 KiB).
-    """
-    if _MALLOPT is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        _MALLOPT(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
 
 
 def exhausted(error: BaseException) -> Literal["device", "host"] | None:

@@ -34,7 +34,6 @@ from lowmem_flux2.runtime.device import (
     host_use,
     measure,
     release_memory,
-    return_large_blocks,
     synchronize,
     torch_device,
 )
@@ -134,7 +133,6 @@ class Executor:
             NonFiniteLatents: NaN or infinity appeared.
             RunError: out of memory on the last rung of the recovery ladder.
         """
-        return_large_blocks()
         cap_vram(self._device, self._plan.limits.vram_bytes, self._plan.hardware.context_bytes)
         self._interruption = inputs.interruption or self._interruption
         packed = inputs.packed

@@ -141,28 +141,6 @@ def test_memory_is_given_back_after_each_run(large: Path, tiny_klein: Path) -> N
     assert after[-1] - after[0] < 4 * MIB  # nor does it grow from run to run
 
 
-LARGE_BLOCKS = """
-import torch
-from lowmem_flux2.runtime.device import host_use, return_large_blocks
-
-return_large_blocks()
-torch.ones(31 << 20, dtype=torch.uint8)  # freed at once, which by itself raises glibc's threshold to its size
-before = host_use().anonymous_bytes
-large, small = [], []
-for _ in range(64):
-    large.append(torch.ones(2 << 20, dtype=torch.uint8))
-    small.append(torch.ones(1 << 10, dtype=torch.uint8))
-large.clear()
-print(host_use().anonymous_bytes - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only glibc is told")
-def test_large_blocks_are_returned_though_small_ones_stay_between_them() -> None:
-    done = subprocess.run([sys.executable, "-c", LARGE_BLOCKS], capture_output=True, text=True, timeout=60, check=True)
-    assert int(done.stdout) < 8 * MIB
-
-
 PRESSED = """
 import json, resource, sys, threading
 import torch
