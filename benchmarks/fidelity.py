@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     arguments = parser.parse_args()
     prompts = prompts_for("shapes", None, arguments.images)
-    setting = Setting("shapes", prompts, SEED, dtype="auto", steps=0, width=0, height=0)
+    setting = Setting("shapes", prompts, SEED, dtype="fp32", steps=0, width=0, height=0)
     measure_fidelity(setting, arguments.out, Console(), stem="fidelity-shapes", score=fit)
     if arguments.out.resolve() == figures.ROOT / "benchmarks" / "results":
         figures.write()

@@ -2,13 +2,19 @@
 
     python benchmarks/mixed_formats.py --out benchmarks/results
 
-The transformer's Linears fall into groups: of each double-stream block the projections, outputs and the two halves of
-the feed-forward of either stream, of each single-stream block its two Linears. Each group alone in nf4 gives its
-sensitivity: the mean square of the latents' relative error over that of its weights. To first order the errors of
-groups add in squares, so a mixture's is the sum over groups of sensitivity x squared weight error of the group's
-format. The mixture of 3, 4, 6 and 8 bits with the least sum in no more bytes than nf4's is then run, on other seeds
-than it was chosen by, beside plain nf4 and beside nf4 with each absmax scaled for the least square error (as many
-bytes). Writes mixed-formats.json.
+Sensitivity first: each Linear of the transformer's blocks alone in 4 bits, on the prompts that the checkpoint ships
+with, and the mean square of the latents' relative error over that of the weight's. To first order the errors of Linears
+add in squares, so what a mixture costs is the sum over Linears of sensitivity x squared weight error. Then tried
+beside plain nf4, on prompts that nothing was chosen by (the first 64 noise seeds are those on which four rules like
+that of nf4-mixed were compared, with other prompts; sensitivities are of other seeds):
+
+- nf4-mixed, the format of the package, whose rule is in `planning.mixed`;
+- its parts apart: nf4 with its scales searched, and the rule's bits with the absmax for a scale;
+- the mixture of 3, 4 and 5 bits with the least sum in nf4's bytes, Linear by Linear: what a rule might gain.
+
+Each picture is compared with that of unquantized weights: its PSNR, and its latents' relative error in dB, less those
+of plain nf4 for the same prompt and seed; of both the mean over pictures, with a 95 % bootstrap interval. It says which
+is better on this checkpoint; of others it says nothing. Writes mixed-formats.json.
 """
 
 from __future__ import annotations
@@ -16,10 +22,12 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,187 +35,210 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lowmem_flux2.fidelity import prompts_for
-from lowmem_flux2.planning.sources import ASSETS, EMBEDDED
-from lowmem_flux2.report import write_atomically
-from lowmem_flux2.runtime.engine import Engine
-from lowmem_flux2.runtime.quantize import STORED
-from lowmem_flux2.runtime.similarity import relative_error
-from lowmem_flux2.runtime.versions import versions
-
 ROOT = Path(__file__).resolve().parents[1]
-FIRST_SEED, OTHER_SEED = 9000, 500
-CLIPS = (0.8, 0.84, 0.88, 0.92, 0.96, 1.0)
-"""Of a block's absmax, tried for the scale with the least square error."""
-BLOCK = 64
+sys.path.insert(0, str(ROOT / "tools" / "shapes"))
 
-Quantizer = Callable[[torch.Tensor], torch.Tensor]
-"""A weight to what its stored form gives back, both fp32."""
+from draw import sample_specs  # noqa: E402
 
+from lowmem_flux2.fidelity import prompts_for  # noqa: E402
+from lowmem_flux2.planning.formats import FORMATS, MIXED, NF4_BLOCK  # noqa: E402
+from lowmem_flux2.planning.linears import linears_of  # noqa: E402
+from lowmem_flux2.planning.mixed import mixed_bits, mixed_blocks  # noqa: E402
+from lowmem_flux2.planning.sources import ASSETS, EMBEDDED, resolve_model  # noqa: E402
+from lowmem_flux2.report import write_atomically  # noqa: E402
+from lowmem_flux2.runtime.engine import Engine  # noqa: E402
+from lowmem_flux2.runtime.normal_float import Levels  # noqa: E402
+from lowmem_flux2.runtime.quantize import MIXED_LINEARS  # noqa: E402
+from lowmem_flux2.runtime.similarity import psnr_db, relative_error  # noqa: E402
+from lowmem_flux2.runtime.versions import versions  # noqa: E402
 
-def stored(name: str) -> Quantizer:
-    """A format of the package."""
+CHOICE_SEED, TEST_SEED, PROMPTS_SEED = 9000, 700_000, 7
+BATCH = 16
+RESAMPLES = 10_000
+BITS = {3: 3.127, 4: 4.127, 5: 5.127}
+"""Bits a weight with scales at FLUX.2's widths."""
 
-    def quantized(weight: torch.Tensor) -> torch.Tensor:
-        rows, columns = weight.shape
-        linear = STORED[name](nn.Linear(columns, rows, bias=False, device="meta"), torch.float32)
-        linear._buffers.update(STORED[name].quantize(weight, torch.float32))
-        return linear.dequantize().contiguous()
-
-    return quantized
-
-
-def normal_levels(bits: int) -> torch.Tensor:
-    """NormalFloat levels (QLoRA, arXiv:2305.14314, section 3), from -1 to 1 with a zero."""
-    half = 2 ** (bits - 1)
-    offset = 0.5 * (1 - 1 / (2 * 2**bits - 2) + 1 - 1 / (2 * 2**bits))
-    normal = torch.distributions.Normal(0.0, 1.0)
-    above = normal.icdf(torch.linspace(offset, 0.5, half + 1)[:-1])
-    below = -normal.icdf(torch.linspace(offset, 0.5, half)[:-1])
-    levels = torch.cat([above, torch.zeros(1), below]).sort().values
-    return levels / levels.abs().max()
+Made = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""Pictures (n, h, w, 3), and their latents (n, tokens, channels)."""
 
 
-def normal_float(bits: int, clips: tuple[float, ...] = (1.0,)) -> Quantizer:
-    """NormalFloat with an absmax per 64 weights in 8 bits of its own maximum, and the best of some clips of it."""
-    levels = normal_levels(bits)
-
-    def quantized(weight: torch.Tensor) -> torch.Tensor:
-        blocks = weight.reshape(-1, BLOCK)
+def rounded(weight: torch.Tensor, bits: int, searched: bool = True) -> torch.Tensor:
+    """(rows, columns) in fp32 as the stored form of so many bits gives it back."""
+    rows, columns = weight.shape
+    if not searched:
+        levels, blocks = Levels.normal(bits), weight.reshape(-1, NF4_BLOCK)
         absmax = blocks.abs().amax(dim=1, keepdim=True)
-        best, least = torch.zeros_like(blocks), torch.full_like(absmax, torch.inf)
-        for clip in clips:
-            scale = (clip * absmax / absmax.max() * 255).round().clamp_(min=1) * absmax.max() / 255
-            found = levels[((blocks / scale).unsqueeze(-1) - levels).abs().argmin(dim=-1)] * scale
-            error = (found - blocks).square().sum(dim=1, keepdim=True)
-            best, least = torch.where(error < least, found, best), torch.minimum(error, least)
-        return best.reshape(weight.shape)
-
-    return quantized
-
-
-BITS = {"nf3": 3.127, "nf4": 4.127, "int6": 6.25, "int8": 8.0}
-"""Bits a weight with scales at FLUX.2's widths (planning.formats; nf3 as nf4 with a bit less)."""
-FORMS: dict[str, Quantizer] = {
-    "nf3": normal_float(3),
-    "nf4": stored("nf4"),
-    "int6": stored("int6"),
-    "int8": stored("int8"),
-    "nf4, searched scales": normal_float(4, CLIPS),
-}
-
-
-def group_of(name: str) -> str | None:
-    """The group that a tensor of the transformer belongs to; None where it is not quantized."""
-    if not name.startswith(("transformer_blocks.", "single_transformer_blocks.")) or "norm" in name:
-        return None
-    block, _, rest = name.removesuffix(".weight").partition(".attn.")
-    if not rest:
-        return name.removesuffix(".weight")
-    kinds = {"to_q": "qkv", "to_k": "qkv", "to_v": "qkv"}
-    kinds |= {"add_q_proj": "added qkv", "add_k_proj": "added qkv", "add_v_proj": "added qkv", "to_out.0": "to_out"}
-    return f"{block}.{kinds.get(rest, rest)}"
+        return (levels.values[levels.nearest(blocks / absmax).int()] * absmax).view(rows, columns)
+    linear = MIXED_LINEARS[bits](nn.Linear(columns, rows, bias=False, device="meta"), torch.float32)
+    linear._buffers.update(MIXED_LINEARS[bits].quantize(weight, torch.float32))
+    return linear.dequantize()
 
 
 class Shapes:
-    """The embedded checkpoint with some of its Linears rounded, in fp32."""
+    """The embedded checkpoint, in fp32."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         shutil.copytree(ASSETS / EMBEDDED, folder / "model")
         self._path = next((folder / "model" / "transformer").glob("*.safetensors"))
         self._plain = {name: tensor.float() for name, tensor in load_file(self._path).items()}
-        self.groups: dict[str, list[str]] = {}
-        for name in self._plain:
-            if (group := group_of(name)) is not None:
-                self.groups.setdefault(group, []).append(name)
-        self.sizes = {group: sum(self._plain[name].numel() for name in names) for group, names in self.groups.items()}
+        dims = resolve_model(EMBEDDED, offline=True).spec.transformer
+        self.sizes = {name: rows * columns for name, (rows, columns) in linears_of(dims).items() if "blocks." in name}
 
-    def weight_error(self, group: str, form: str) -> float:
+    def weight(self, name: str) -> torch.Tensor:
+        return self._plain[f"{name}.weight"]
+
+    def weight_error(self, name: str, bits: int) -> float:
         """Relative, squared."""
-        pairs = [(self._plain[name], FORMS[form](self._plain[name])) for name in self.groups[group]]
-        return float(
-            sum((one - other).square().sum() for one, other in pairs) / sum(w.square().sum() for w, _ in pairs)
-        )
+        weight = self.weight(name)
+        return float((rounded(weight, bits) - weight).square().sum() / weight.square().sum())
 
-    def latents(self, forms: Mapping[str, str], seed: int, images: int) -> NDArray[np.float32]:
-        """Final latents with each named group in its format."""
-        tensors = dict(self._plain)
-        for group, form in forms.items():
-            tensors |= {name: FORMS[form](self._plain[name]) for name in self.groups[group]}
-        save_file(tensors, self._path, metadata={"format": "pt"})
+    def rule(self) -> dict[str, int]:
+        """Bits of each Linear in nf4-mixed."""
+        blocks: dict[str, dict[str, int]] = {}
+        for name, size in self.sizes.items():
+            kind, index, rest = name.split(".", 2)
+            blocks.setdefault(f"{kind}.{index}", {})[rest] = size
+        found = zip(blocks, mixed_bits(list(blocks.values())), strict=True)
+        chosen = {f"{block}.{name}": bits for block, each in found for name, bits in each.items()}
+        return {name: chosen.get(name, 4) for name in self.sizes}
+
+    def with_bits(self, bits: Mapping[str, int], prompts: Sequence[str], seed: int, searched: bool = True) -> Made:
+        """Pictures with the named Linears rounded."""
+        changed = {f"{name}.weight": rounded(self.weight(name), count, searched) for name, count in bits.items()}
+        save_file(self._plain | changed, self._path, metadata={"format": "pt"})
+        return self._made(str(self._folder / "model"), "fp32", prompts, seed)
+
+    def in_format(self, weight_format: str, prompts: Sequence[str], seed: int) -> Made:
+        """Pictures in a format of the package."""
+        return self._made(EMBEDDED, weight_format, prompts, seed)
+
+    def _made(self, model: str, weight_format: str, prompts: Sequence[str], seed: int) -> Made:
+        batches: list[torch.Tensor] = []
+
+        def note(_: object, step: int, __: torch.Tensor, kept: dict[str, torch.Tensor]) -> None:
+            batches[len(batches) - (step > 0) :] = [kept["latents"]]
+
         with Engine(
-            str(self._folder / "model"), dtype="fp32", cache_dir=self._folder / "cache", device="cpu"
+            model,
+            device="cpu",
+            dtype="fp32",
+            weight_format=weight_format,
+            text_weight_format="fp32",
+            batch_size=BATCH,
+            cache_dir=self._folder / "cache",
         ) as engine:
             made = engine.generate(
-                list(prompts_for(EMBEDDED, None, images)),
-                generator=[torch.Generator().manual_seed(seed + index) for index in range(images)],
-                output_type="latent",
+                list(prompts),
+                generator=[torch.Generator().manual_seed(seed + index) for index in range(len(prompts))],
+                output_type="np",
+                callback_on_step_end=note,
             )
-        latents: NDArray[np.float32] = made.images.float().flatten(1).unsqueeze(1).numpy()
-        return latents
+        return made.images.astype(np.float32), torch.cat(batches).float().numpy()
 
 
-def allocation(costs: Mapping[str, Mapping[str, float]], sizes: Mapping[str, int]) -> dict[str, str]:
-    """The format of each group with the least sum of costs in nf4's bits or less, by a Lagrange multiplier."""
-    budget = BITS["nf4"] * sum(sizes.values())
-    best = dict.fromkeys(sizes, "nf4")
+def best_bits(costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int]) -> dict[str, int]:
+    """The bits of each Linear with the least sum of costs in nf4's bytes: each bit more costs the same a weight, so
+    dynamic programming over what is spent beyond the least, in units that all sizes are multiples of."""
+    unit = int(np.gcd.reduce(list(sizes.values())))
+    budget = sum(sizes.values()) // unit  # one bit a weight more than 3
+    least = np.zeros(budget + 1)
+    picks: list[NDArray[np.int64]] = []
+    for name, size in sizes.items():
+        options = np.full((len(BITS), budget + 1), np.inf)
+        for row, bits in enumerate(BITS):
+            spent = row * size // unit
+            options[row, spent:] = least[: budget + 1 - spent] + costs[name][bits]
+        picks.append(options.argmin(axis=0))
+        least = options.min(axis=0)
+    chosen, left = {}, budget
+    for (name, size), pick in reversed(list(zip(sizes.items(), picks, strict=True))):
+        row = int(pick[left])
+        chosen[name] = list(BITS)[row]
+        left -= row * size // unit
+    return {name: chosen[name] for name in sizes}
 
-    def total(chosen: Mapping[str, str]) -> float:
-        return sum(costs[group][form] for group, form in chosen.items())
 
-    for price in np.geomspace(1e-12, 1e3, 600):
-        chosen = {g: min(BITS, key=lambda form: costs[g][form] + price * BITS[form] * sizes[g]) for g in sizes}
-        bits = sum(BITS[form] * sizes[group] for group, form in chosen.items())
-        if bits <= budget and total(chosen) < total(best):
-            best = chosen
-    return best
+def interval(gains: NDArray[np.float64]) -> dict[str, float]:
+    """Mean over pictures, and its 95 % bootstrap interval."""
+    draws = np.random.default_rng(0).integers(0, len(gains), (RESAMPLES, len(gains)))
+    low, high = np.percentile(gains[draws].mean(axis=1), (2.5, 97.5))
+    return {"mean_db": float(gains.mean()), "low_db": float(low), "high_db": float(high)}
+
+
+def compared(made: Made, plain: Made, nf4: Made) -> dict[str, Any]:
+    """Figures of a variant beside unquantized weights, and its gain over nf4."""
+    psnr, base = (psnr_db(each[0], plain[0]) for each in (made, nf4))
+    error, base_error = (relative_error(each[1], plain[1]) for each in (made, nf4))
+    return {
+        "psnr_db_median": float(np.median(psnr)),
+        "psnr_db_worst": float(psnr.min()),
+        "latents_error_median": float(np.median(error)),
+        "latents_error_rms": float(np.sqrt(np.mean(np.square(error)))),
+        "latents_error_worst": float(error.max()),
+        "psnr_gain": interval(psnr - base),
+        "latents_gain": interval(-20 * np.log10(error / base_error)),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--images", type=int, default=8, help="that sensitivities are measured on")
-    parser.add_argument("--test-images", type=int, default=32, help="that the choice is tried on")
+    parser.add_argument("--images", type=int, default=16, help="that sensitivities are measured on")
+    parser.add_argument("--test-images", type=int, default=128, help="that the mixtures are tried on")
     arguments = parser.parse_args()
+    known = prompts_for(EMBEDDED, None, arguments.images)
+    seen = set(prompts_for(EMBEDDED, None, 64))
+    fresh = [each.prompt for each in sample_specs(2 * arguments.test_images, PROMPTS_SEED) if each.prompt not in seen]
+    fresh = fresh[: arguments.test_images]
     with TemporaryDirectory() as temporary:
         shapes = Shapes(Path(temporary))
-        plain = shapes.latents({}, FIRST_SEED, arguments.images)
-        rows, costs = [], {}
-        for group in shapes.groups:
-            errors = relative_error(shapes.latents({group: "nf4"}, FIRST_SEED, arguments.images), plain)
+        plain = shapes.with_bits({}, known, CHOICE_SEED)[1]
+        rule, costs, rows = shapes.rule(), {}, []
+        for name, size in shapes.sizes.items():
+            errors = relative_error(shapes.with_bits({name: 4}, known, CHOICE_SEED)[1], plain)
             squared = float(np.mean(np.square(errors)))
-            weight = {form: shapes.weight_error(group, form) for form in BITS}
-            costs[group] = {form: squared * weight[form] / weight["nf4"] for form in BITS}
-            rows.append({"group": group, "weights": shapes.sizes[group], "latents_error": squared**0.5})
-            print(f"{group:45} {shapes.sizes[group]:7} latents error in nf4 {squared**0.5:.5f}", flush=True)
-        chosen = allocation(costs, shapes.sizes)
-        bits = sum(BITS[form] * shapes.sizes[g] for g, form in chosen.items()) / sum(shapes.sizes.values())
-        predicted = (
-            sum(costs[g][form] for g, form in chosen.items()) / sum(costs[g]["nf4"] for g in shapes.groups)
-        ) ** 0.5
-        tried = {"nf4": dict.fromkeys(shapes.groups, "nf4"), "mixed": chosen}
-        tried["nf4, searched scales"] = dict.fromkeys(shapes.groups, "nf4, searched scales")
-        others = shapes.latents({}, OTHER_SEED, arguments.test_images)
-        results = {}
-        for name, forms in tried.items():
-            errors = relative_error(shapes.latents(forms, OTHER_SEED, arguments.test_images), others)
-            weight_error = sum(shapes.weight_error(g, form) for g, form in forms.items()) / len(forms)
-            results[name] = {
-                "latents_error_median": float(np.median(errors)),
-                "latents_error_rms": float(np.sqrt(np.mean(np.square(errors)))),
-                "latents_error_worst": float(errors.max()),
-                "weight_error_mean": weight_error**0.5,
-            }
-            print(f"{name:22} {results[name]}", flush=True)
+            weight = {bits: shapes.weight_error(name, bits) for bits in BITS}
+            costs[name] = {bits: squared * weight[bits] / weight[4] for bits in BITS}
+            rows.append({"linear": name, "weights": size, "latents_error": squared**0.5, "bits": rule[name]})
+            print(f"{name:50} {size:7} latents error in 4 bits {squared**0.5:.5f}, {rule[name]} bits", flush=True)
+        best = best_bits(costs, shapes.sizes)
+        usual = dict.fromkeys(shapes.sizes, 4)
+        test = (fresh, TEST_SEED)
+        plain_made, nf4 = shapes.in_format("fp32", *test), shapes.in_format("nf4", *test)
+        tried = {
+            "nf4": nf4,
+            MIXED: shapes.in_format(MIXED, *test),
+            "nf4, searched scales": shapes.with_bits(usual, *test),
+            f"{MIXED}, absmax for scales": shapes.with_bits(rule, *test, searched=False),
+            "best by measured sensitivity": shapes.with_bits(best, *test),
+        }
+        results = {name: compared(made, plain_made, nf4) for name, made in tried.items()}
+        results[MIXED]["psnr_gain_over_searched_scales"] = interval(
+            psnr_db(tried[MIXED][0], plain_made[0]) - psnr_db(tried["nf4, searched scales"][0], plain_made[0])
+        )
+        for name, found in results.items():
+            gain = found["psnr_gain"]
+            print(
+                f"{name:32} {found['psnr_db_median']:.2f} dB, worst {found['psnr_db_worst']:.2f}, gain over nf4",
+                end=" ",
+            )
+            print(f"{gain['mean_db']:+.2f} [{gain['low_db']:+.2f}, {gain['high_db']:+.2f}] dB")
+    stored = {
+        model: {
+            "nf4": sum(FORMATS["nf4"].block_bytes(block) for block in dims.blocks),
+            MIXED: sum(FORMATS[MIXED].block_bytes(block) for block in mixed_blocks(dims)),
+        }
+        for model in (EMBEDDED, "flux2-klein-4b", "flux2-klein-9b", "flux2-dev")
+        for dims in (resolve_model(model, offline=True).spec.transformer,)
+    }
     record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "images": arguments.images,
-        "test_images": arguments.test_images,
+        "test_images": len(fresh),
         "bits": BITS,
-        "groups": [{**row, "format": chosen[str(row["group"])]} for row in rows],
-        "mixed_bits": bits,
-        "predicted_error_ratio": predicted,
+        "linears": [{**row, "best_bits": best[str(row["linear"])]} for row in rows],
+        "stored_bytes": stored,
         "results": results,
         "versions": versions(),
     }

@@ -230,7 +230,9 @@ def prepare(
     tokenizer: opt.Tokenizer = None,
     weight_format: Annotated[
         str,
-        typer.Option("--weight-format", help="int8 (serves w8a8 too), int6, fp8, nf4 (needs bitsandbytes) or int4."),
+        typer.Option(
+            "--weight-format", help="int8 (serves w8a8 too), int6, fp8, nf4, nf4-mixed (need bitsandbytes) or int4."
+        ),
     ] = "int8",
     component: Annotated[
         opt.Prepared,

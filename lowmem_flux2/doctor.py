@@ -21,7 +21,7 @@ from lowmem_flux2.version import __version__
 
 REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub")
 OPTIONAL = {
-    "bitsandbytes": "nf4 weights: pip install 'lowmem-flux2[cuda]'",
+    "bitsandbytes": "nf4 and nf4-mixed weights: pip install 'lowmem-flux2[cuda]'",
     "gguf": "GGUF files: pip install 'lowmem-flux2[gguf]'",
     "sdnq": "folders that SDNQ has quantized: pip install 'lowmem-flux2[sdnq]'",
     "matplotlib": "the bench plot: pip install 'lowmem-flux2[bench]'",

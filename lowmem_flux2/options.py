@@ -160,7 +160,8 @@ MaxRam = Annotated[str | None, typer.Option(help="Cap on our RAM: 24GiB.", rich_
 WeightFormat = Annotated[
     str,
     typer.Option(
-        help="How the transformer's weights are stored: auto, bf16, fp16, fp32, int8, w8a8, int6, fp8, nf4 or int4.",
+        help="How the transformer's weights are stored: auto, bf16, fp16, fp32, int8, w8a8, int6, fp8, nf4, nf4-mixed "
+        "or int4.",
         rich_help_panel=FIT,
     ),
 ]

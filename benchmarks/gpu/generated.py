@@ -24,7 +24,8 @@ from lowmem_flux2.runtime.checkpoint import Tensors
 from lowmem_flux2.runtime.components import Blocks
 from lowmem_flux2.runtime.device import DTYPES
 from lowmem_flux2.runtime.layout import BlockSource, Layout, TensorPlace, layout_of
-from lowmem_flux2.runtime.quantize import NF4_BLOCK, NF4_NESTED_BLOCK, STORED, StoredLinear
+from lowmem_flux2.runtime.quantize import NF4_BLOCK, NF4_NESTED_BLOCK, STORED
+from lowmem_flux2.runtime.stored_linear import StoredLinear
 from lowmem_flux2.runtime.streaming import BlockStreamer
 
 GAIN = 0.5

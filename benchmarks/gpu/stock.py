@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 from gpu.generated import Pieces
 from gpu.subjects import Subject
 from lowmem_flux2.runtime.components import transformer_blocks, transformer_on_meta
-from lowmem_flux2.runtime.quantize import StoredLinear
+from lowmem_flux2.runtime.stored_linear import StoredLinear
 
 
 def klein_pipeline(model: Subject, pieces: Pieces, dtype: torch.dtype) -> Any:

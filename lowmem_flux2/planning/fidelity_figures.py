@@ -31,9 +31,10 @@ PICTURES = "benchmarks/results/fidelity-shapes.json"
 
 FIGURES: dict[str, FidelityFigures] = {
     "int8": FidelityFigures(0.0095, 0.0215, 62.2, 54.32),
-    "w8a8": FidelityFigures(0.0236, 0.0302, 58.13, 49.3),
+    "w8a8": FidelityFigures(0.0236, 0.0302, 58.36, 50.07),
     "int6": FidelityFigures(0.0259, 0.0343, 53.03, 38.81),
     "fp8": FidelityFigures(0.0331, 0.0339, 51.57, 37.7),
     "nf4": FidelityFigures(0.092, 0.105, 40.36, 32.57),
+    "nf4-mixed": FidelityFigures(0.1029, 0.1225, 42.31, 32.95),
     "int4": FidelityFigures(0.1003, 0.1332, 40.13, 30.02),
 }

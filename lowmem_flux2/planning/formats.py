@@ -68,6 +68,15 @@ def _nf4(rows: int, columns: int, dtype_bytes: int) -> tuple[int, ...]:
     return ceil(rows * columns / 2), blocks, 4 * ceil(blocks / NF4_NESTED_BLOCK), 4, 4 * 16, 4 * 256
 
 
+def mixed_storage(rows: int, columns: int, bits: int) -> tuple[int, ...]:
+    """As nf4 in 4 bits; in others the high bit of each weight apart from its low ones, and a table of other length."""
+    if bits == 4:
+        return _nf4(rows, columns, 0)
+    weights = rows * columns
+    _, *scales, _, nested_levels = _nf4(rows, columns, 0)
+    return ceil(weights * (bits - 1) / 8), *scales, 4 << bits, nested_levels, ceil(weights / 8)
+
+
 def _int4(rows: int, columns: int, dtype_bytes: int) -> tuple[int, ...]:
     """Two weights a byte, and a scale and a shift per group."""
     group = group_size(columns)
@@ -186,6 +195,9 @@ def _block_bytes(fmt: WeightFormat, block: BlockSpec, dtype_bytes: int) -> int:
         if packed:
             total += _aligned(packed[at] or rows * columns * plain)
             continue
+        if fmt.name == MIXED and block.bits:
+            total += sum(_aligned(size) for size in mixed_storage(rows, columns, block.bits[at]))
+            continue
         held = fmt.storage(rows, columns, dtype_bytes) if fmt.storage is not None else (rows * columns * plain,)
         total += sum(_aligned(size) for size in held)
     return _aligned(total, SECTOR_BYTES)
@@ -208,6 +220,13 @@ GGUF_SCRATCH_BYTES = 12
 """Live per weight of a piece while it is expanded: 8.1 (Q8_0) to 11.5 (Q6_K), measured on a CPU with torch's profiler
 (tests), not on a GPU."""
 
+MIXED = "nf4-mixed"
+"""nf4's bytes or less, more faithful: 3, 4 or 5 bits a weight by what its Linear is (`planning.mixed`)."""
+MIXED_PIECE_WEIGHTS = 1 << 20
+"""Of a weight in 3 or 5 bits, expanded at a time."""
+MIXED_SCRATCH_BYTES = 9
+"""Live per weight of a piece while it is expanded, measured on a CPU with torch's profiler (tests), not on a GPU."""
+
 _EXACT = "exact: the checkpoint's own bf16 values"
 _OWN = "exact: the checkpoint's own quantized values"
 _FP16 = "assumed: fp16 keeps more digits than bf16, but values beyond its range are clipped or lost"
@@ -224,10 +243,19 @@ def _quantized(
     least_capability: tuple[int, int] | None = None,
     compute_class: str = "",
     storage_of: str = "",
+    scratch_bytes: int = 0,
 ) -> WeightFormat:
     error = FIGURES[name].gaussian if name in FIGURES else _UNMEASURED
     return WeightFormat(
-        name, storage, scratch_bytes_per_weight, least_capability, error, _MEASURED, compute_class, storage_of
+        name,
+        storage,
+        scratch_bytes_per_weight,
+        least_capability,
+        error,
+        _MEASURED,
+        compute_class,
+        storage_of,
+        scratch_bytes,
     )
 
 
@@ -244,6 +272,7 @@ FORMATS: dict[str, WeightFormat] = {
         _quantized("int6", _int6, 0.5),
         _quantized("fp8", _fp8),
         _quantized("nf4", _nf4, 8 / NF4_BLOCK),
+        _quantized(MIXED, _nf4, 8 / NF4_BLOCK, scratch_bytes=MIXED_PIECE_WEIGHTS * MIXED_SCRATCH_BYTES),
         _quantized("int4", _int4, 0.5),
         WeightFormat(GGUF, _gguf, 0, None, 0.0, _OWN, scratch_bytes=GGUF_PIECE_WEIGHTS * GGUF_SCRATCH_BYTES),
     )

@@ -220,7 +220,7 @@ def _hardware(parsed: ProfileFile) -> Hardware:
         provenance["memory_bytes_per_s"] = f"the rate of a copy: {sources['link.h2d_pageable']}"
     else:
         provenance["memory_bytes_per_s"] = ASSUMED["memory_bytes_per_s"]
-    expand: dict[str, float] = parsed.expand.model_dump(exclude_none=True) if parsed.expand else {}
+    expand: dict[str, float] = parsed.expand.model_dump(exclude_none=True, by_alias=True) if parsed.expand else {}
     provenance |= {f"expand_bytes_per_s.{name}": sources[f"expand.{name}"] for name in expand}
     for name, key in _OPTIONAL_KEYS.items():
         table, _, leaf = key.partition(".")

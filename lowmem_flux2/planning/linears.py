@@ -18,6 +18,15 @@ CONDITIONING = (
 """Modules that are run once per generation and then dropped."""
 
 
+DOUBLE_LINEARS = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.linear_in", "ff.linear_out"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    *("ff_context.linear_in", "ff_context.linear_out"),
+)
+SINGLE_LINEARS = ("attn.to_qkv_mlp_proj", "attn.to_out")
+"""Diffusers' names in the order of ``TransformerSpec.double_block`` and ``single_block``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A Linear, and which rows of a stored weight are its own, in this order."""

@@ -52,12 +52,14 @@ class BlockSpec:
         others: sizes of its other tensors, norm scales and biases, which are never quantized.
         packed: bytes of each Linear's weight as a GGUF file has it quantized, 0 for one that it has not; empty where
             there is no such file.
+        bits: of each Linear in ``formats.MIXED``; empty where all have 4.
     """
 
     kind: BlockKind
     linears: tuple[tuple[int, int], ...]
     others: tuple[int, ...]
     packed: tuple[int, ...] = ()
+    bits: tuple[int, ...] = ()
 
     @property
     def linear_weights(self) -> int:

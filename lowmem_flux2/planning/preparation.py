@@ -11,10 +11,11 @@ from lowmem_flux2.planning.models import OUT_LAYERS, ModelSpec
 from lowmem_flux2.planning.plan import WHOLE_TEXT_ENCODER, Preparation, StagePlan
 from lowmem_flux2.planning.stage_work import block_sizes
 
-WEIGHTS_PER_S = {"int8": 456e6, "fp8": 483e6, "nf4": 250e6, "int4": 297e6, "int6": 240e6}
+WEIGHTS_PER_S = {"int8": 456e6, "fp8": 483e6, "nf4": 250e6, "int4": 297e6, "int6": 240e6, "nf4-mixed": 30e6}
 """Weights that one thread quantizes in a second: processor time of ``runtime.quantize`` on 6144 x 6144 in bf16, best of
 three, torch 2.13 on an AMD EPYC (Zen 5), 2026-11-24; nf4's is of its packing alone, 4 ns a weight; int6's by its
-ratio to int4's (0.81 to 0.86) on 2026-11-25, on a busy machine. An EPYC without AVX-512 took 155 for nf4, 363 for
+ratio to int4's (0.81 to 0.86) on 2026-11-25, nf4-mixed's, which searches scales, by its ratio to nf4's (0.11 to 0.13)
+on 2026-11-26, both on a busy machine. An EPYC without AVX-512 took 155 for nf4, 363 for
 int8, 89 for int6 and 131 for int4. Other processors differ."""
 SLOWEST_WEIGHTS_PER_S = min(WEIGHTS_PER_S.values())
 """Assumed of a format that nobody has measured."""

@@ -120,6 +120,7 @@ class ExpandTable(_Table):
     int6: Rate | None = None
     fp8: Rate | None = None
     nf4: Rate | None = None
+    nf4_mixed: Annotated[Rate | None, Field(alias="nf4-mixed")] = None
     int4: Rate | None = None
     gguf: Rate | None = None
 

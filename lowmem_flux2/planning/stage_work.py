@@ -43,9 +43,10 @@ from lowmem_flux2.planning.flops import (
     layer_flops,
     low_rank_flops,
 )
-from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS, GGUF
+from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS, GGUF, MIXED
 from lowmem_flux2.planning.hardware import Hardware
-from lowmem_flux2.planning.models import ModelSpec
+from lowmem_flux2.planning.mixed import mixed_blocks, planes_shares
+from lowmem_flux2.planning.models import BlockSpec, ModelSpec, TransformerSpec
 from lowmem_flux2.planning.passages import AS_HELD, FileForm
 from lowmem_flux2.planning.plan import ONE_BY_ONE, StagePlan
 from lowmem_flux2.planning.step_caches import steps_taken
@@ -165,10 +166,15 @@ def block_sizes(stage: StagePlan, model: ModelSpec) -> list[int]:
         layers = text.num_layers if stage.stage == "upsample" else text.layers_used
         return [fmt.block_bytes(text.layer, dtype_bytes)] * layers
     dims = model.transformer
-    if dims.packed and stage.weight_format == GGUF:
-        return [fmt.block_bytes(block, dtype_bytes) for block in dims.blocks]
+    if stage.weight_format == MIXED or (dims.packed and stage.weight_format == GGUF):
+        return [fmt.block_bytes(block, dtype_bytes) for block in transformer_blocks(stage, dims)]
     doubles, singles = (fmt.block_bytes(block, dtype_bytes) for block in (dims.double_block, dims.single_block))
     return [doubles] * dims.num_double + [singles] * dims.num_single
+
+
+def transformer_blocks(stage: StagePlan, dims: TransformerSpec) -> tuple[BlockSpec, ...]:
+    """As they are in the stage's weight format."""
+    return mixed_blocks(dims) if stage.weight_format == MIXED else dims.blocks
 
 
 def _denoise_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardware: Hardware) -> StageWork:
@@ -178,8 +184,10 @@ def _denoise_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwa
     double, single, attention = block_flops(model, workload, batch)
     chunks = workload.sequence_tokens // stage.chunk_tokens if stage.chunk_tokens else 1
     launches_s = CHUNK_OVERHEADS * overhead_s * max(chunks - 1, 0)
+    shares = planes_shares(dims) if fmt.name == MIXED else (0.0, 0.0)
     expand_s = [
-        passes * expand_seconds(hardware, fmt, dtype_bytes, weights) for weights in _expanded(stage, model, workload)
+        passes * expand_seconds(hardware, fmt, dtype_bytes, weights, planes)
+        for weights, planes in zip(_expanded(stage, model, workload), shares, strict=True)
     ]
     double_ns, single_ns = (
         nanoseconds(
@@ -214,7 +222,7 @@ def _denoise_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwa
         passing_bytes=fmt.plain_bytes(largest_embedder, dtype_bytes),
         host_bytes=workload.num_images * text_input + noise + references,
         result_bytes=2 * noise,  # each batch's, and all joined
-        block_file_bytes=block_file_bytes(stage, model, dims.blocks),
+        block_file_bytes=block_file_bytes(stage, model, transformer_blocks(stage, dims)),
         file_form=file_form(stage, model),
         other_file_bytes=transformer_file_bytes(model) + kept_bytes(workload.adapters, dtype_bytes),
     )

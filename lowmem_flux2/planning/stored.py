@@ -18,6 +18,7 @@ from lowmem_flux2.planning import encoder_layouts, sdnq, vae_layouts
 from lowmem_flux2.planning.gguf_header import BLOCKS, INTERLEAVED, head_dim_of
 from lowmem_flux2.planning.headers import FileHeader, TensorInfo
 from lowmem_flux2.planning.layouts import PREFIXES, Rows, is_bfl, model_tensors
+from lowmem_flux2.planning.linears import DOUBLE_LINEARS, SINGLE_LINEARS
 from lowmem_flux2.planning.models import TextEncoderSpec, TransformerSpec
 
 Encoding = Literal["plain", "scaled", "gguf", "bnb4", "sdnq"]
@@ -30,13 +31,6 @@ _IGNORED: Final = (".input_scale", ".scale_input", ".comfy_quant")
 _MARKERS: Final = ("scaled_fp8",)
 _NVFP4: Final = ".weight_scale_2"
 _BNB_STATE: Final = ".weight.quant_state.bitsandbytes__"
-_DOUBLE_LINEARS: Final = (
-    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.linear_in", "ff.linear_out"),
-    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-    *("ff_context.linear_in", "ff_context.linear_out"),
-)
-_SINGLE_LINEARS: Final = ("attn.to_qkv_mlp_proj", "attn.to_out")
-"""In the order of ``TransformerSpec.double_block`` and ``single_block``."""
 _BNB_AIDS: Final = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
@@ -211,8 +205,8 @@ def plain_view(headers: Iterable[FileHeader]) -> Mapping[str, StoredTensor]:
 
 def packed_blocks(view: Mapping[str, StoredTensor], dims: TransformerSpec) -> tuple[tuple[int, ...], ...]:
     """``BlockSpec.packed`` of each block, where any of their Linears is in GGUF blocks; else empty."""
-    doubles = [(f"transformer_blocks.{index}.", _DOUBLE_LINEARS) for index in range(dims.num_double)]
-    singles = [(f"single_transformer_blocks.{index}.", _SINGLE_LINEARS) for index in range(dims.num_single)]
+    doubles = [(f"transformer_blocks.{index}.", DOUBLE_LINEARS) for index in range(dims.num_double)]
+    singles = [(f"single_transformer_blocks.{index}.", SINGLE_LINEARS) for index in range(dims.num_single)]
     return _packed(view, (*doubles, *singles))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from lowmem_flux2.planning.formats import FORMATS, GGUF
+from lowmem_flux2.planning.formats import FORMATS, GGUF, MIXED
 from lowmem_flux2.planning.plan import StagePlan
 
 
@@ -33,9 +33,9 @@ class Support:
         return tuple(dict.fromkeys(word for stage in stages for word in self.missing(stage)))
 
 
-LIBRARY_OF = {"nf4": "bitsandbytes", GGUF: "gguf"}
+LIBRARY_OF = {"nf4": "bitsandbytes", MIXED: "bitsandbytes", GGUF: "gguf"}
 """Formats that run only where a library of an extra is installed."""
-EXTRA_OF = {"nf4": "cuda", GGUF: "gguf"}
+EXTRA_OF = {"nf4": "cuda", MIXED: "cuda", GGUF: "gguf"}
 
 
 def installed() -> Support:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lowmem_flux2.planning.formats import MIXED
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Placement, StagePlan
 
@@ -34,8 +35,11 @@ class Cut:
 
 def cut_transformer(folder: Path, model: ModelSpec, stage: StagePlan, into: Path) -> Cut:
     """Keep two blocks of each kind, one of each placement, and as many streamed ones as there are slots."""
-    doubles = model.transformer.num_double
     placed = stage.block_placements
+    if stage.weight_format == MIXED:  # which blocks rest in how many bits depends on how many there are
+        _copy_configs(folder, into, "transformer", {}, nested=None)
+        return Cut(into, model, stage, (1,) * len(placed))
+    doubles = model.transformer.num_double
     kept, repeats = [], []
     for kind in (placed[:doubles], placed[doubles:]):
         chosen, counts = _chosen(kind, stage.slots, REPEATS_RUN)

@@ -14,10 +14,11 @@ from transformers import AutoConfig
 from transformers.initialization import no_init_weights
 
 from lowmem_flux2.errors import CheckpointBroken
+from lowmem_flux2.planning.mixed import mixed_bits
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.runtime.checkpoint import Tensors
 from lowmem_flux2.runtime.layout import BlockSource, CheckpointBlock, layout_of
-from lowmem_flux2.runtime.quantize import convert
+from lowmem_flux2.runtime.quantize import convert, linears_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +30,10 @@ class Blocks:
 
     def converted(self, weight_format: str, dtype: torch.dtype) -> Blocks:
         """The same blocks with their Linears replaced by those of a quantized format, in place."""
-        for module in self.modules:
-            convert(module, weight_format, dtype)
+        linears = [dict(linears_of(module)) for module in self.modules]
+        weights = [{name: linear.weight.numel() for name, linear in each.items()} for each in linears]
+        for module, bits in zip(self.modules, mixed_bits(weights), strict=True):
+            convert(module, weight_format, dtype, bits)
         return self
 
     def sources(self, files: Tensors, dtype: torch.dtype) -> list[BlockSource]:

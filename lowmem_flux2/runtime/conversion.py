@@ -32,7 +32,7 @@ from lowmem_flux2.runtime.components import (
     transformer_on_meta,
 )
 from lowmem_flux2.runtime.layout import Layout, allocate, layout_of
-from lowmem_flux2.runtime.quantize import STORED, StoredLinear, piece_rows
+from lowmem_flux2.runtime.stored_linear import StoredLinear, piece_rows
 
 READ_BYTES = 16 << 20
 """Of a Linear's weight, read at a time."""
@@ -154,7 +154,7 @@ class Conversion:
             if self._is_there(index, name, linear):
                 self.files.read_nf4(f"{self.blocks.prefixes[index]}{name}.weight", storage[name])
                 continue
-            kind, left = STORED[linear.format_name], linear.out_features
+            kind, left = type(linear), linear.out_features
             working = storage[name] | kind.scratch(linear.out_features, linear.in_features)
             while left:
                 piece, weight = next(pieces)

@@ -10,7 +10,7 @@ from torch import nn
 
 from lowmem_flux2.planning.formats import ALIGNMENT_BYTES, SECTOR_BYTES
 from lowmem_flux2.runtime.checkpoint import Tensors
-from lowmem_flux2.runtime.quantize import StoredLinear
+from lowmem_flux2.runtime.stored_linear import StoredLinear
 
 
 @dataclass(frozen=True, slots=True)

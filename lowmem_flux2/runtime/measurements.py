@@ -21,12 +21,13 @@ from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransform
 from torch.nn import functional
 
 from lowmem_flux2.planning.expansion import TRAFFIC, expanded_bytes
-from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS, GGUF
+from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS, GGUF, MIXED
 from lowmem_flux2.planning.sources import shipped_configs
 from lowmem_flux2.planning.support import LIBRARY_OF
 from lowmem_flux2.runtime.device import DTYPES, synchronize
 from lowmem_flux2.runtime.packed import LINEARS
-from lowmem_flux2.runtime.quantize import STORED, StoredLinear
+from lowmem_flux2.runtime.quantize import MIXED_LINEARS, STORED
+from lowmem_flux2.runtime.stored_linear import StoredLinear
 
 HIDDEN_SIZES = (6144, 4096, 3072)
 """Of dev, klein-9b and klein-4b."""
@@ -239,14 +240,15 @@ def expansions(bench: Bench) -> list[Reading]:
 
 def _expansion(bench: Bench, name: str, share: float) -> Reading:
     rows, columns = 2 * bench.hidden, bench.hidden
-    kind: type[StoredLinear] = LINEARS[GGUF_KIND] if name == GGUF else STORED[name]
+    kinds: dict[str, type[StoredLinear]] = STORED | {GGUF: LINEARS[GGUF_KIND], MIXED: MIXED_LINEARS[5]}
+    kind = kinds[name]
     with torch.device("meta"):
         linear = torch.nn.Linear(columns, rows, bias=False)
     stored = kind(linear, DTYPES[bench.dtype])
     for tensor_name, buffer in list(stored.named_buffers()):
         setattr(stored, tensor_name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=bench.device))
     timing = bench.time(stored.dequantize, share)
-    traffic = expanded_bytes(FORMATS[name], DTYPE_BYTES[bench.dtype], rows * columns)
+    traffic = expanded_bytes(FORMATS[name], DTYPE_BYTES[bench.dtype], rows * columns, planes=float(name == MIXED))
     what = f"{rows} x {columns} weights{f' of {GGUF_KIND}' if name == GGUF else ''} expanded to {bench.dtype}"
     return Reading(f"expand_bytes_per_s.{name}", traffic / timing.median_s, f"{what}, {timing}")
 

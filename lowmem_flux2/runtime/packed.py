@@ -18,7 +18,8 @@ from lowmem_flux2.planning.gguf_header import BLOCKS
 from lowmem_flux2.runtime.checkpoint import TensorFile, Tensors
 from lowmem_flux2.runtime.components import Blocks
 from lowmem_flux2.runtime.layout import BlockSource, Layout, layout_of
-from lowmem_flux2.runtime.quantize import StoredLinear, gguf_values
+from lowmem_flux2.runtime.quantize import gguf_values
+from lowmem_flux2.runtime.stored_linear import StoredLinear
 
 
 class GgufLinear(StoredLinear):

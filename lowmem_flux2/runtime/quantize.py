@@ -1,106 +1,28 @@
-"""Weight formats as modules: a Linear whose weight is stored quantized and expanded to the compute dtype when it runs.
+"""Weight formats as modules: `stored_linear` in each format. Only this file knows a quantization library.
 
-The stored tensors are plain buffers, so layouts, streaming and the prepared store treat a quantized block like any
-other. Only this file knows a quantization library. int8 and int4 are optimum-quanto's qint8 (per row) and qint4 (in
-groups of 128), equal in every value, but in torch alone. int6 is int4's scheme with 64 levels. nf4 is bitsandbytes'.
-w8a8 is stored as int8 and multiplies integers (`int8_matmul`, which says why torchao does not). Why not optimum-quanto
-itself: the README's section on installing says it.
+int8 and int4 are optimum-quanto's qint8 (per row) and qint4 (in groups of 128), equal in every value, but in torch
+alone. int6 is int4's scheme with 64 levels. nf4 is bitsandbytes'. w8a8 is stored as int8 and multiplies integers
+(`int8_matmul`, which says why torchao does not). nf4-mixed expands 4 bits with bitsandbytes, 3 and 5 by itself. Why not
+optimum-quanto itself: the README's section on installing says it.
 """
 
 from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
-from math import gcd
-from typing import ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from lowmem_flux2.planning.formats import NF4_BLOCK, NF4_NESTED_BLOCK, group_size
+from lowmem_flux2.planning.formats import MIXED, MIXED_PIECE_WEIGHTS, NF4_BLOCK, NF4_NESTED_BLOCK, group_size
 from lowmem_flux2.planning.gguf_header import BLOCKS
 from lowmem_flux2.runtime.int8_matmul import Starts, int8_linear, starts
-
-PIECE_WEIGHTS = 1 << 18
-"""Quantized at a time: temporaries of 1 MiB that stay in a core's cache, whatever the Linear's size."""
-CELLS = 256
-"""Of the interval [-1, 1], fine enough that no two bounds of nf4 share one."""
-
-
-def piece_rows(columns: int) -> int:
-    """Rows quantized at a time: about ``PIECE_WEIGHTS``, and whole nf4 blocks at any width."""
-    step = NF4_BLOCK // gcd(NF4_BLOCK, columns)
-    return max(1, PIECE_WEIGHTS // columns // step) * step
-
-
-class StoredLinear(nn.Module):
-    """A Linear with its weight in a stored format: storage tensors are buffers, the bias stays in compute dtype."""
-
-    format_name: ClassVar[str]
-
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.compute_dtype = dtype
-        for name, (shape, kind) in self.storage(linear.out_features, linear.in_features, dtype).items():
-            self.register_buffer(name, torch.empty(shape, dtype=kind, device="meta"))
-        self.bias: nn.Parameter | None = None
-        if linear.bias is not None:
-            self.bias = nn.Parameter(torch.empty_like(linear.bias, dtype=dtype, device="meta"), requires_grad=False)
-
-    @classmethod
-    @abstractmethod
-    def storage(cls, rows: int, columns: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each storage tensor of a (rows, columns) weight."""
-
-    @classmethod
-    def quantize(cls, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Storage tensors of a weight; scales in the compute dtype unless the format says otherwise."""
-        rows, columns = weight.shape
-        kinds = cls.storage(rows, columns, dtype)
-        made = {name: torch.empty(shape, dtype=kind) for name, (shape, kind) in kinds.items()}
-        working = made | cls.scratch(rows, columns)
-        step = piece_rows(columns)
-        for first in range(0, rows, step):
-            cls.fill_rows(working, first, weight[first : first + step].to(dtype))
-        cls.finish(working)
-        return made
-
-    @classmethod
-    def scratch(cls, rows: int, columns: int) -> dict[str, torch.Tensor]:
-        """What ``fill_rows`` leaves for ``finish``, beside the storage tensors."""
-        return {}
-
-    @classmethod
-    def fill_rows(cls, storage: Mapping[str, torch.Tensor], first: int, weight: torch.Tensor) -> None:
-        """Quantize ``piece_rows`` rows of a weight in the compute dtype, or what is left of them, from a multiple of
-        that on, into its storage tensors and scratch. From any thread."""
-        for name, part in cls.quantize_rows(weight).items():
-            start = first * len(part) // len(weight)
-            storage[name][start : start + len(part)] = part
-
-    @classmethod
-    def quantize_rows(cls, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Values of the storage tensors of whole rows, for formats that treat each row by itself."""
-        raise NotImplementedError
-
-    @classmethod
-    def finish(cls, storage: Mapping[str, torch.Tensor]) -> None:
-        """Fill the storage tensors that need all rows."""
-        return
-
-    @abstractmethod
-    def dequantize(self) -> torch.Tensor:
-        """The weight (rows, columns) in the compute dtype; lives while one matmul runs."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self.dequantize(), self.bias)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.format_name}"
+from lowmem_flux2.runtime.normal_float import Levels, fill, packed, unpack
+from lowmem_flux2.runtime.stored_linear import StoredLinear
 
 
 class Int8Linear(StoredLinear):
@@ -260,6 +182,7 @@ class Nf4Linear(StoredLinear):
     """
 
     format_name = "nf4"
+    bits: ClassVar[int] = 4
     weight: torch.Tensor
     absmax: torch.Tensor
     nested_absmax: torch.Tensor
@@ -298,16 +221,20 @@ class Nf4Linear(StoredLinear):
         offset = absmax.mean()
         nested, outer = bnb.quantize_blockwise(absmax - offset, blocksize=NF4_NESTED_BLOCK)
         made = {"absmax": nested, "nested_absmax": outer.absmax, "offset": offset, "nested_levels": outer.code}
-        made["levels"] = bnb.get_4bit_type("nf4", device="cpu")
+        made["levels"] = _levels(cls.bits).values
         for name, tensor in made.items():
             storage[name].copy_(tensor)
+
+    def _nested_state(self) -> Any:
+        from bitsandbytes import functional as bnb
+
+        return bnb.QuantState(
+            absmax=self.nested_absmax, blocksize=NF4_NESTED_BLOCK, code=self.nested_levels, dtype=torch.float32
+        )
 
     def dequantize(self) -> torch.Tensor:
         from bitsandbytes import functional as bnb
 
-        nested = bnb.QuantState(
-            absmax=self.nested_absmax, blocksize=NF4_NESTED_BLOCK, code=self.nested_levels, dtype=torch.float32
-        )
         state = bnb.QuantState(
             absmax=self.absmax,
             # As one row: 0.50.2 takes wrong absmax on a CPU where rows are not a multiple of 64.
@@ -317,7 +244,7 @@ class Nf4Linear(StoredLinear):
             quant_type="nf4",
             dtype=self.compute_dtype,
             offset=self.offset,
-            state2=nested,
+            state2=self._nested_state(),
         )
         weight: torch.Tensor = bnb.dequantize_4bit(self.weight, state)
         return weight.view(self.out_features, self.in_features)
@@ -326,41 +253,90 @@ class Nf4Linear(StoredLinear):
 def _nf4_packed(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed values (n / 2, 1) and absmax per block in fp32, equal to those of ``bitsandbytes.quantize_4bit``.
 
-    Its CPU kernel searches the 15 bounds for each weight: 25 to 60 ns a weight, 90 s for klein-4b. Here a cell of the
-    interval [-1, 1] tells how many bounds lie below, up to the one bound in the cell, if any: 4 ns a weight.
+    Its CPU kernel searches the 15 bounds for each weight: 25 to 60 ns a weight, 90 s for klein-4b.
     """
     from bitsandbytes import functional as bnb
 
     full = len(weight) // NF4_BLOCK * NF4_BLOCK
     blocks = weight[:full].float().view(-1, NF4_BLOCK)
     absmax = blocks.abs().amax(dim=1)
-    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38)).view(-1, 1)).clamp_(-1, 1).view(-1)
-    below, bound = _nf4_cells()
-    cell = _cell(scaled)
-    values = below.index_select(0, cell).add_(scaled > bound.index_select(0, cell))
-    packed = (values[0::2] << 4).bitwise_or_(values[1::2]).unsqueeze(1)
+    values = _levels(4).nearest(blocks * (1.0 / absmax.clamp(min=1e-38)).view(-1, 1)).view(-1)
+    pairs = (values[0::2] << 4).bitwise_or_(values[1::2]).unsqueeze(1)
     if full == len(weight):
-        return packed, absmax
+        return pairs, absmax
     rest, state = bnb.quantize_4bit(weight[full:], quant_type="nf4", blocksize=NF4_BLOCK)
-    return torch.cat([packed, rest]), torch.cat([absmax, state.absmax])
+    return torch.cat([pairs, rest]), torch.cat([absmax, state.absmax])
 
 
 @cache
-def _nf4_cells() -> tuple[torch.Tensor, torch.Tensor]:
-    """For each cell, the number of bounds in lower cells, and the bound in it or infinity. Bounds are midpoints."""
+def _levels(bits: int) -> Levels:
+    """bitsandbytes' own for 4 bits."""
+    if bits != 4:
+        return Levels.normal(bits)
     from bitsandbytes import functional as bnb
 
-    levels = bnb.get_4bit_type("nf4", device="cpu")
-    bounds = (levels[:-1] + levels[1:]) / 2
-    cells = _cell(bounds)
-    bound = torch.full((CELLS,), torch.inf)
-    bound[cells.long()] = bounds
-    return torch.searchsorted(cells, torch.arange(CELLS, dtype=cells.dtype)).to(torch.uint8), bound
+    return Levels.of(bnb.get_4bit_type("nf4", device="cpu"))
 
 
-def _cell(values: torch.Tensor) -> torch.Tensor:
-    """Which cell values of [-1, 1] lie in. Never decreases with the value, whatever is rounded."""
-    return ((values + 1) * ((CELLS - 1) / 2)).to(torch.int32)
+class MixedLinear(Nf4Linear):
+    """NormalFloat in so many ``bits``, its scales stored as nf4's, but searched: ``Levels.best_scale``. 4 bits rest
+    as nf4's do.
+
+    Others lie in planes: the low bits, all but one, several a byte (``weight``), and the high one, eight a byte
+    (``high``). They are expanded a piece at a time.
+    """
+
+    format_name = MIXED
+    high: torch.Tensor
+
+    @classmethod
+    def storage(cls, rows: int, columns: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        made = super().storage(rows, columns, dtype)
+        if cls.bits != 4:
+            weights = rows * columns
+            made["weight"] = ((-(-weights * (cls.bits - 1) // 8), 1), torch.uint8)
+            made["high"] = ((-(-weights // 8), 1), torch.uint8)
+            made["levels"] = ((1 << cls.bits,), torch.float32)
+        return made
+
+    @classmethod
+    def fill_rows(cls, storage: Mapping[str, torch.Tensor], first: int, weight: torch.Tensor) -> None:
+        start, flat = first * weight.shape[1], weight.float().reshape(-1)
+        blocks = nn.functional.pad(flat, (0, -len(flat) % NF4_BLOCK)).view(-1, NF4_BLOCK)
+        scale = _levels(cls.bits).best_scale(blocks)
+        storage["plain_absmax"][start // NF4_BLOCK : start // NF4_BLOCK + len(scale)] = scale.view(-1)
+        values = _levels(cls.bits).nearest(blocks / scale).view(-1)
+        if cls.bits == 4:
+            fill(storage["weight"], start // 2, (values[0::2] << 4).bitwise_or_(values[1::2]))
+            return
+        low = cls.bits - 1
+        fill(storage["weight"], start * low // 8, packed(values & ((1 << low) - 1), low))
+        fill(storage["high"], start // 8, packed(values >> low, 1))
+
+    def dequantize(self) -> torch.Tensor:
+        if self.bits == 4:
+            return super().dequantize()
+        from bitsandbytes import functional as bnb
+
+        count, low = self.out_features * self.in_features, self.bits - 1
+        absmax = bnb.dequantize_blockwise(self.absmax, self._nested_state()).add_(self.offset)
+        expanded = torch.empty(count, dtype=self.compute_dtype, device=self.weight.device)
+        for first in range(0, count, MIXED_PIECE_WEIGHTS):
+            piece = expanded[first : first + MIXED_PIECE_WEIGHTS]
+            blocks = absmax[first // NF4_BLOCK : -(-(first + len(piece)) // NF4_BLOCK)]
+            values = self.weight.new_zeros(len(blocks) * NF4_BLOCK)
+            unpack(self.weight[first * low // 8 :], low, values[: len(piece)])
+            unpack(self.high[first // 8 :], 1, values[: len(piece)], low)
+            scaled = self.levels.index_select(0, values.int()).view(-1, NF4_BLOCK).mul_(blocks.view(-1, 1))
+            piece.copy_(scaled.view(-1)[: len(piece)])
+        return expanded.view(self.out_features, self.in_features)
+
+
+MIXED_LINEARS: dict[int, type[MixedLinear]] = {
+    4: MixedLinear,
+    **{bits: type(f"Mixed{bits}Linear", (MixedLinear,), {"bits": bits}) for bits in (3, 5)},
+}
+"""By bits."""
 
 
 def gguf_values(kind: str, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -382,20 +358,27 @@ def sdnq_functions() -> tuple[Callable[..., torch.Tensor], ...]:
 
 
 STORED: dict[str, type[StoredLinear]] = {
-    kind.format_name: kind for kind in (Int8Linear, W8A8Linear, Int6Linear, Fp8Linear, Nf4Linear, Int4Linear)
+    kind.format_name: kind
+    for kind in (Int8Linear, W8A8Linear, Int6Linear, Fp8Linear, Nf4Linear, MixedLinear, Int4Linear)
 }
 
 
-def convert(module: nn.Module, weight_format: str, dtype: torch.dtype) -> None:
-    """Replace every Linear of a module on the meta device by its stored form. Unquantized formats leave it as it is."""
+def convert(
+    module: nn.Module, weight_format: str, dtype: torch.dtype, bits: Mapping[str, int] = MappingProxyType({})
+) -> None:
+    """Replace every Linear of a module on the meta device by its stored form. Unquantized formats leave it as it is.
+
+    Args:
+        bits: in ``MIXED``, of the Linears of these names; of all others 4.
+    """
     if weight_format not in STORED:
         return
-    for parent, name, linear in list(_linears(module)):
-        parent._modules[name] = STORED[weight_format](linear, dtype)
+    for name, linear in linears_of(module):
+        parent, _, leaf = name.rpartition(".")
+        kind = MIXED_LINEARS[bits.get(name, 4)] if weight_format == MIXED else STORED[weight_format]
+        module.get_submodule(parent)._modules[leaf] = kind(linear, dtype)
 
 
-def _linears(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    for parent in module.modules():
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Linear):
-                yield parent, name, child
+def linears_of(module: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """By name, in the module's order."""
+    return [(name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear)]

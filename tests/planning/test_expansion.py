@@ -13,12 +13,12 @@ from torch.utils._pytree import tree_leaves
 
 from lowmem_flux2.planning.cost import stage_cost
 from lowmem_flux2.planning.expansion import TRAFFIC, expand_rate, expanded_bytes
-from lowmem_flux2.planning.formats import FORMATS, GGUF
+from lowmem_flux2.planning.formats import FORMATS, GGUF, MIXED
 from lowmem_flux2.planning.plan import Placement, StagePlan
 from lowmem_flux2.planning.stage_cost import StageCost
 from lowmem_flux2.runtime.measurements import GGUF_KIND
 from lowmem_flux2.runtime.packed import LINEARS
-from lowmem_flux2.runtime.quantize import STORED
+from lowmem_flux2.runtime.quantize import MIXED_LINEARS, STORED
 
 
 class _Traffic(TorchDispatchMode):
@@ -43,17 +43,22 @@ class _Traffic(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("dtype", "dtype_bytes"), [(torch.bfloat16, 2), (torch.float32, 4)])
-@pytest.mark.parametrize("name", TRAFFIC)
-def test_traffic_is_what_the_operators_read_and_write(name: str, dtype: torch.dtype, dtype_bytes: int) -> None:
+@pytest.mark.parametrize(("name", "bits"), [*((name, 4) for name in TRAFFIC), (MIXED, 3), (MIXED, 5)])
+def test_traffic_is_what_the_operators_read_and_write(
+    name: str, bits: int, dtype: torch.dtype, dtype_bytes: int
+) -> None:
     rows, columns = 64, 3072
     with torch.device("meta"):
         linear = torch.nn.Linear(columns, rows, bias=False)
-    stored = (LINEARS[GGUF_KIND] if name == GGUF else STORED[name])(linear, dtype)
+    kinds = STORED | {GGUF: LINEARS[GGUF_KIND], MIXED: MIXED_LINEARS[bits]}
+    stored = kinds[name](linear, dtype)
     for key, buffer in list(stored.named_buffers()):
         setattr(stored, key, torch.zeros(buffer.shape, dtype=buffer.dtype))
     with _Traffic() as traffic:
         stored.dequantize()
-    assert expanded_bytes(FORMATS[name], dtype_bytes, rows * columns) == pytest.approx(traffic.bytes, rel=0.01)
+    assert expanded_bytes(FORMATS[name], dtype_bytes, rows * columns, float(bits != 4)) == pytest.approx(
+        traffic.bytes, rel=0.01
+    )
 
 
 def test_every_format_that_expands_has_its_traffic() -> None:

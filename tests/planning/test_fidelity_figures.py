@@ -29,5 +29,5 @@ def test_every_quantized_format_is_measured_and_ordered_by_it() -> None:
     assert all(tool.WEIGHT_ERRORS in fmt.provenance and fmt.figures == FIGURES[fmt.name] for fmt in quantized)
     assert all(fmt.figures is None for fmt in FORMATS.values() if not fmt.is_quantized)
     order = sorted(quantized, key=lambda fmt: fmt.weight_error)
-    assert [fmt.name for fmt in order] == ["int8", "w8a8", "int6", "fp8", "nf4", "int4"]
+    assert [fmt.name for fmt in order] == ["int8", "w8a8", "int6", "fp8", "nf4", "int4", "nf4-mixed"]
     assert all(found.heavy_tailed >= 0.9 * found.gaussian > 0 for found in FIGURES.values())

@@ -16,7 +16,17 @@ def test_dev_blocks_have_the_bytes_of_the_design() -> None:
 
 @pytest.mark.parametrize(
     ("name", "bits"),
-    [("fp32", 32), ("bf16", 16), ("int8", 8), ("w8a8", 8), ("int6", 6.25), ("fp8", 8), ("nf4", 4.127), ("int4", 4.25)],
+    [
+        ("fp32", 32),
+        ("bf16", 16),
+        ("int8", 8),
+        ("w8a8", 8),
+        ("int6", 6.25),
+        ("fp8", 8),
+        ("nf4", 4.127),
+        ("nf4-mixed", 4.127),
+        ("int4", 4.25),
+    ],
 )
 def test_a_format_takes_its_bits_per_weight(name: str, bits: float) -> None:
     block = spec(DEV).transformer.single_block

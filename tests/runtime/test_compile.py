@@ -81,7 +81,8 @@ def compare(blocks: Blocks, sources: Sequence[BlockSource], backend: str) -> Non
     for block in blocks.modules:
         block.compile(backend=compiled, fullgraph=True)
     outputs, addresses = streamed(blocks, sources)
-    assert compiled.frame_count == 2  # one a class, at its first block
+    # One a class, at its first block; nf4-mixed has blocks of a class with Linears in other bits.
+    assert compiled.frame_count == len({tuple(map(type, block.modules())) for block in blocks.modules})
     for index, placed in enumerate(MIXED):
         assert len(addresses[index]) == (1 if placed is GPU else 3)  # and streamed blocks did move
     for found, wanted in zip(outputs, expected, strict=True):

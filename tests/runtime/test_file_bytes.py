@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lowmem_flux2 import Engine
-from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS
+from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS, MIXED, MIXED_PIECE_WEIGHTS, mixed_storage
 from lowmem_flux2.planning.models import BlockSpec, ModelSpec
 from lowmem_flux2.planning.plan import Plan, StagePlan
 from lowmem_flux2.planning.sources import resolve_model
@@ -24,11 +24,12 @@ from lowmem_flux2.runtime.device import DTYPES
 from lowmem_flux2.runtime.live import ALLOCATION_BYTES, LiveBytes
 from lowmem_flux2.runtime.observer import Silent
 from lowmem_flux2.runtime.prepare import prepare
-from lowmem_flux2.runtime.quantize import STORED
+from lowmem_flux2.runtime.quantize import MIXED_LINEARS, STORED
 from lowmem_flux2.runtime.rawfile import RawFile
 
 FORMS = ("dev", "klein")
-MIXED = {"transformer": torch.float32, "text_encoder": torch.bfloat16, "vae": torch.float16}
+EXPANDED = [name for name, fmt in FORMATS.items() if name in STORED and not fmt.compute_class and name != MIXED]
+SEVERAL = {"transformer": torch.float32, "text_encoder": torch.bfloat16, "vae": torch.float16}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def checkpoints(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     for form in FORMS:
         for stored in ("bf16", "mixed"):
             copy = shutil.copytree(folders[form], tmp_path_factory.mktemp(stored) / form)
-            for component, dtype in MIXED.items():
+            for component, dtype in SEVERAL.items():
                 for path in (copy / component).glob("*.safetensors"):
                     kind = dtype if stored == "mixed" else torch.bfloat16
                     tensors = {name: t.to(kind) if t.is_floating_point() else t for name, t in load_file(path).items()}
@@ -65,7 +66,7 @@ def test_files_of_the_store_have_the_bytes_that_planning_counts_on(
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("shape", [(512, 512), (384, 640), (768, 96)], ids=str)
-@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if name in STORED and not fmt.compute_class])
+@pytest.mark.parametrize("name", EXPANDED)
 def test_a_linear_takes_the_stored_and_the_transient_bytes_of_its_format(
     name: str, shape: tuple[int, int], dtype: str
 ) -> None:
@@ -91,6 +92,27 @@ def test_a_linear_takes_the_stored_and_the_transient_bytes_of_its_format(
         4 * rows * columns // 64 if name == "nf4" else 0
     )  # planning counts absmax in fp32 twice, operators hold one
     assert transient - unseen - allocations <= live.peak_bytes["cpu"] <= transient + allocations
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [(640, 2048), (768, 96), (7, 33)], ids=str)  # two pieces, one, one not of whole bytes
+@pytest.mark.parametrize("bits", MIXED_LINEARS)
+def test_a_mixed_linear_takes_the_stored_and_at_most_the_transient_bytes_that_planning_counts_on(
+    bits: int, shape: tuple[int, int], dtype: str
+) -> None:
+    (rows, columns), kind = shape, DTYPES[dtype]
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(kind) * 0.02
+    linear = MIXED_LINEARS[bits](nn.Linear(columns, rows, bias=False, device="meta"), kind)
+    linear._buffers.update(MIXED_LINEARS[bits].quantize(weight, kind))
+    held = tuple(tensor.nbytes for tensor in linear._buffers.values() if tensor is not None)
+    assert held == mixed_storage(rows, columns, bits)
+    linear.dequantize()  # tables that are made once
+    with LiveBytes() as live:
+        linear.dequantize()
+    planned = FORMATS[MIXED].transient_bytes(BlockSpec("single", (shape,), ()), kind.itemsize)
+    assert live.peak_bytes["cpu"] <= planned + 12 * ALLOCATION_BYTES
+    if bits != 4 and rows * columns > MIXED_PIECE_WEIGHTS:
+        assert live.peak_bytes["cpu"] > 0.97 * planned
 
 
 class Reads(Silent):

@@ -17,12 +17,14 @@ from torch.nn import functional
 from lowmem_flux2.planning.configs import spec_from_configs
 from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.sources import shipped_configs
-from lowmem_flux2.runtime import quantize as stored
+from lowmem_flux2.runtime import stored_linear
 from lowmem_flux2.runtime.device import DTYPES
 from lowmem_flux2.runtime.layout import layout_of
-from lowmem_flux2.runtime.quantize import STORED, StoredLinear, convert
+from lowmem_flux2.runtime.normal_float import Levels
+from lowmem_flux2.runtime.quantize import MIXED_LINEARS, STORED, convert
+from lowmem_flux2.runtime.stored_linear import StoredLinear
 
-MEASURED = {"int8": 0.008, "w8a8": 0.008, "int6": 0.025, "fp8": 0.033, "nf4": 0.092, "int4": 0.100}
+MEASURED = {"int8": 0.008, "w8a8": 0.008, "int6": 0.025, "fp8": 0.033, "nf4": 0.092, "nf4-mixed": 0.085, "int4": 0.100}
 """Relative errors of Gaussian weights of a deviation as FLUX.2's have: fp8's depends on it, int8's on the width."""
 DEVIATION = 0.02
 SHAPES = [(48, 64), (5, 33), (7, 96), (3, 1), (1, 129), (130, 160)]
@@ -80,11 +82,36 @@ def test_zeros_stay_zeros_and_outliers_keep_their_sign(name: str) -> None:
     assert found[1].argmax() == 3 and found[2].argmin() == 5
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "error"), [(3, 0.1775), (4, 0.0856), (5, 0.0455)])
+def test_mixed_linears_round_to_the_nearest_level_of_the_best_scale(bits: int, error: float, dtype: str) -> None:
+    weight = gaussian(130, 160).to(DTYPES[dtype])
+    linear = MIXED_LINEARS[bits](nn.Linear(160, 130, bias=False, device="meta"), weight.dtype)
+    linear._buffers.update(MIXED_LINEARS[bits].quantize(weight, weight.dtype))
+    found = linear.dequantize()
+    assert relative_error(found, weight) == pytest.approx(error, rel=0.02)
+    scale = found.float().view(-1, 64).abs().amax(dim=1, keepdim=True)
+    levels = Levels.normal(bits).values
+    distance = (found.float().view(-1, 64)[:, :, None] / scale[:, :, None] - levels).abs().amin(dim=-1)
+    is_whole = (found.float().view(-1, 64) / scale).amax(dim=1) == 1  # its largest is the last level
+    assert is_whole.any() and distance[is_whole].max() < 0.01
+    assert torch.equal(linear(weight), functional.linear(weight, found))
+
+
+@pytest.mark.parametrize("bits", [3, 5])
+def test_pieces_of_a_mixed_linear_give_what_the_whole_gives(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = gaussian(96, 160)
+    whole = MIXED_LINEARS[bits].quantize(weight, torch.bfloat16)
+    monkeypatch.setattr(stored_linear, "PIECE_WEIGHTS", 64 * 31)
+    pieces = MIXED_LINEARS[bits].quantize(weight, torch.bfloat16)
+    assert all(torch.equal(whole[leaf], pieces[leaf]) for leaf in whole)
+
+
 @pytest.mark.parametrize("name", STORED)
 def test_pieces_give_what_the_whole_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = gaussian(96, 160)
     whole = STORED[name].quantize(weight, torch.bfloat16)
-    monkeypatch.setattr(stored, "PIECE_WEIGHTS", 64 * 31)
+    monkeypatch.setattr(stored_linear, "PIECE_WEIGHTS", 64 * 31)
     pieces = STORED[name].quantize(weight, torch.bfloat16)
     assert whole.keys() == pieces.keys()
     for leaf in whole:

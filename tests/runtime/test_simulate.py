@@ -171,7 +171,7 @@ def sources(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.parametrize(
     ("form", "placement", "weight_format", "dtype", "tile", "batch"),
     [
-        ("dev", "disk", "nf4", "fp32", "64", 4),
+        ("dev", "disk", "nf4-mixed", "fp32", "64", 4),
         ("distilled", "resident", "fp32", "fp32", "128", 3),
         ("shapes", "pageable", "int4", "fp32", "off", 2),
         ("middle", "disk", "int8", "bf16", "64", 3),

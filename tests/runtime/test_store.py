@@ -25,9 +25,11 @@ from lowmem_flux2.planning.sources import resolve_model
 from lowmem_flux2.preparing import prepared_of
 from lowmem_flux2.runtime import prepare as preparation
 from lowmem_flux2.runtime import store
+from lowmem_flux2.runtime.components import transformer_blocks, transformer_on_meta
 from lowmem_flux2.runtime.prepare import prepare
 from lowmem_flux2.runtime.quantize import STORED
 from lowmem_flux2.runtime.store import block_path, entry_of, find
+from lowmem_flux2.runtime.stored_linear import StoredLinear
 
 MIB = 1 << 20
 FORMS = ("dev", "klein", "shapes")
@@ -51,6 +53,13 @@ def source(tiny_klein: Path, tmp_path: Path) -> Path:
 def dequantized(folder: Path, target: Path, weight_format: str) -> Path:
     """A plain fp32 checkpoint whose Linears hold what the stored format gives back."""
     shutil.copytree(folder, target)
+    blocks = transformer_blocks(transformer_on_meta(folder / "transformer")).converted(weight_format, torch.float32)
+    kinds = {
+        f"{prefix}{name}.weight": type(linear)
+        for module, prefix in zip(blocks.modules, blocks.prefixes, strict=True)
+        for name, linear in module.named_modules()
+        if isinstance(linear, StoredLinear)
+    }
     for component in ("transformer", "text_encoder"):
         for path in (target / component).glob("*.safetensors"):
             tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
@@ -58,8 +67,9 @@ def dequantized(folder: Path, target: Path, weight_format: str) -> Path:
                 if tensor.ndim == 2 and ("blocks." in name or "layers." in name) and "vision" not in name:
                     rows, columns = tensor.shape
                     linear = torch.nn.Linear(columns, rows, bias=False, device="meta")
-                    stored = STORED[weight_format](linear, torch.float32)
-                    stored._buffers.update(STORED[weight_format].quantize(tensor, torch.float32))
+                    kind = kinds.get(name, STORED[weight_format])
+                    stored = kind(linear, torch.float32)
+                    stored._buffers.update(kind.quantize(tensor, torch.float32))
                     tensors[name] = stored.dequantize().contiguous()
             save_file(tensors, path, metadata={"format": "pt"})
     return target
