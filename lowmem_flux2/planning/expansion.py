@@ -34,7 +34,7 @@ through fp32; others take 9 (Q8_0) to 46 (Q5_1).
 
 
 PLANES_BYTES = 44.2
-"""More, of a weight in 3 or 5 bits (43.8 to 45.0): its planes are taken apart, and its level is looked up, in pieces."""
+"""More, of a weight in 3 or 5 bits (43.8 to 45.0): planes taken apart, its level is looked up, in pieces."""
 
 
 def expanded_bytes(fmt: WeightFormat, dtype_bytes: int, weights: float, planes: float = 0.0) -> float:
