@@ -67,6 +67,7 @@ class Case:
             num_images=self.batch * self.batches,
             guidance_passes=2 if "base" in self.model else 1,
             references=((512, 512),) * (self.references // 1024),
+            caches_references=self.model.endswith("-kv") and self.references > 0,
         )
 
 

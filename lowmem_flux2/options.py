@@ -61,7 +61,7 @@ Model = Annotated[
         "-m",
         "--model",
         help="shapes (embedded, the default), flux2-dev, flux2-klein-4b, flux2-klein-9b, flux2-klein-base-4b, "
-        "flux2-klein-base-9b, a diffusers folder, a single file (safetensors or GGUF), or a hub id.",
+        "flux2-klein-base-9b, flux2-klein-9b-kv, a diffusers folder, a single file (safetensors or GGUF), or a hub id.",
         rich_help_panel=ASK,
     ),
 ]

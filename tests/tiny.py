@@ -22,6 +22,7 @@ from diffusers import (
     AutoencoderKLFlux2,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinKVPipeline,
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
@@ -348,12 +349,13 @@ def write_klein(
     is_distilled: bool = False,
     dtype: torch.dtype = torch.float32,
     shard_bytes: int | None = None,
+    pipeline: str = "Flux2KleinPipeline",
 ) -> Path:
     """Write a tiny FLUX.2 klein checkpoint; `shard_bytes` splits transformer and text encoder into such shards."""
     tokenizer = make_qwen_tokenizer()
     return _write_folder(
         Path(folder),
-        "Flux2KleinPipeline",
+        pipeline,
         _parts("Qwen3ForCausalLM", "Qwen2TokenizerFast"),
         transformer=make_transformer(seed=seed, guidance_embeds=False),
         vae=make_vae(seed=seed),
@@ -441,7 +443,7 @@ def load_stock(
     name = json.loads((path / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     if name == "Flux2Pipeline" and "tokenizer" not in kwargs and not has_pixtral_processor():
         plain, kwargs["tokenizer"] = AutoTokenizer.from_pretrained(path / "tokenizer"), None
-    pipeline_class = {"Flux2Pipeline": Flux2Pipeline, "Flux2KleinPipeline": Flux2KleinPipeline}[name]
+    pipeline_class = {kind.__name__: kind for kind in (Flux2Pipeline, Flux2KleinPipeline, Flux2KleinKVPipeline)}[name]
     pipeline = pipeline_class.from_pretrained(path, dtype=dtype, local_files_only=True, **kwargs)
     if plain is not None:  # handed to from_pretrained it would be checked against a class that is not there
         pipeline.register_modules(tokenizer=plain)

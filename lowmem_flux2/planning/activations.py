@@ -19,6 +19,8 @@ from lowmem_flux2.planning.adapters import once_bytes, product_bytes
 from lowmem_flux2.planning.chunks import largest_chunk
 from lowmem_flux2.planning.formats import WeightFormat
 from lowmem_flux2.planning.models import ModelSpec, VaeSpec
+from lowmem_flux2.planning.reference_keys import BLENDED_WIDTHS, kept_keys_bytes
+from lowmem_flux2.planning.reference_keys import MODULATION_WIDTHS as RESTING_WIDTHS
 from lowmem_flux2.planning.tiles import tile_starts
 from lowmem_flux2.planning.workload import Workload
 
@@ -79,6 +81,9 @@ def denoise_activation_bytes(
         peak = _chunked_block_bytes(sizes, at_once, max(image, text), row_sums, expansion)
     else:
         peak = _block_bytes(sizes, expansion)
+    if workload.caches_references:  # that of the first step, in the last blocks
+        peak += BLENDED_WIDTHS * dims.hidden_size * at_once * dtype_bytes
+        peak += kept_keys_bytes(model, workload, batch, dtype_bytes)
     # Beside a LoRA's Linear's output; small, so it counts at every moment.
     peak += product_bytes(workload.adapters, at_once, dtype_bytes)
     return round(peak) + _kept_bytes(model, workload, batch, dtype_bytes)
@@ -158,9 +163,11 @@ def _kept_bytes(model: ModelSpec, workload: Workload, batch: int, dtype_bytes: i
     """
     dims = model.transformer
     image, references = batch * workload.image_tokens, batch * workload.reference_tokens
-    latents = 2 * image + (3 * references + image if references else 0)
+    times = 2 if workload.caches_references else 3  # whose velocity is of the image alone
+    latents = 2 * image + (times * references + image if references else 0)
     waiting = (workload.guidance_passes - 1) * batch * workload.sequence_tokens * dims.hidden_size
-    rope = 2 * workload.sequence_tokens * dims.head_dim * FP32_BYTES
+    tokens = workload.sequence_tokens + (workload.step_tokens if workload.caches_references else 0)
+    rope = 2 * tokens * dims.head_dim * FP32_BYTES
     kept = (latents * dims.in_channels + waiting) * dtype_bytes + rope
     return kept + conditioning_bytes(model, workload, batch, dtype_bytes)
 
@@ -177,6 +184,7 @@ def conditioning_bytes(model: ModelSpec, workload: Workload, batch: int, dtype_b
     sizes = sum({len(each) for each in batches})
     texts = sum(map(len, batches)) + (workload.guidance_passes - 1) * sizes
     values = texts * workload.text_tokens + sizes * workload.steps * MODULATION_WIDTHS
+    values += sizes * RESTING_WIDTHS if workload.caches_references else 0
     return values * model.transformer.hidden_size * dtype_bytes
 
 

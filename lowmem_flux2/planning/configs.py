@@ -40,10 +40,10 @@ OWN_CONFIG: Final = "lowmem_flux2"
 OWN_CONFIG_FILE: Final = "lowmem_flux2.json"
 """Optional: a model's own defaults (height, width, steps, guidance, text length) and ``is_distilled``."""
 
-_FORMS: Final[Mapping[str, Form]] = {"Flux2Pipeline": "dev", "Flux2KleinPipeline": "klein"}
+KLEIN_KV: Final = "Flux2KleinKVPipeline"
+"""Its references are computed in the first step alone."""
+_FORMS: Final[Mapping[str, Form]] = {"Flux2Pipeline": "dev", "Flux2KleinPipeline": "klein", KLEIN_KV: "klein"}
 _OTHER_FORMS: Final[Mapping[str, str]] = {
-    "Flux2KleinKVPipeline": "a klein KV model, which computes its references' keys and values once, by themselves: "
-    "that forward is not in this version; take the klein model of the same size",
     "Flux2KleinInpaintPipeline": "which paints into a masked picture: that is not in this version",
 }
 _ENCODER_OF_FORM: Final[Mapping[Form, Architecture]] = {"dev": "mistral3", "klein": "qwen3"}
@@ -183,7 +183,10 @@ def spec_from_configs(
     if pipeline not in _FORMS:
         raise index.broken(f"_class_name is {pipeline!r}, expected {' or '.join(_FORMS)}")
     form = _FORMS[pipeline]
-    is_distilled = form == "klein" and own.flag("is_distilled", index.flag("is_distilled", False))
+    # Flux2KleinKVPipeline knows no guidance, and its config need not say that it is distilled.
+    is_distilled = pipeline == KLEIN_KV or (
+        form == "klein" and own.flag("is_distilled", index.flag("is_distilled", False))
+    )
     sections["scheduler"].expect_class("FlowMatchEulerDiscreteScheduler")
     transformer = _transformer(sections["transformer"])
     text_encoder = _text_encoder(sections["text_encoder"], form)
@@ -199,6 +202,7 @@ def spec_from_configs(
         text_encoder=text_encoder,
         vae=vae,
         defaults=_defaults(own, form, is_distilled),
+        caches_references=pipeline == KLEIN_KV,
     )
 
 

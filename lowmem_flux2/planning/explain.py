@@ -16,6 +16,7 @@ from lowmem_flux2.planning.cost import stage_cost
 from lowmem_flux2.planning.formats import DTYPE_BYTES
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Placement, Plan, StagePlan
+from lowmem_flux2.planning.reference_keys import kept_keys_bytes
 from lowmem_flux2.planning.upsampling import NEW_TOKENS
 from lowmem_flux2.planning.workload import token_counts
 from lowmem_flux2.units import GIB, format_bytes, format_seconds
@@ -83,9 +84,17 @@ def reference_words(plan: Plan, model: ModelSpec) -> str:
         f"{width}x{height} {tokens} tokens" for (width, height), tokens in zip(work.references, counts, strict=True)
     )
     plural = "s" if len(counts) > 1 else ""
-    without = stage_cost(stage, model, replace(work, references=(), reference_tokens=0), plan.hardware)
+    bare_work = replace(work, references=(), reference_tokens=0, caches_references=False)
+    without = stage_cost(stage, model, bare_work, plan.hardware)
     step, bare = (format_seconds(cost.compute_s / work.steps) for cost in (stage.cost, without))
     live, alone = (format_bytes(cost.activation_bytes) for cost in (stage.cost, without))
+    if work.caches_references:
+        kept = kept_keys_bytes(model, work, stage.batch_size, DTYPE_BYTES[stage.compute_dtype])
+        return (
+            f"{len(counts)} reference image{plural}: {each}; the first step computes {work.sequence_tokens} tokens, "
+            f"the others {work.step_tokens}, and keeps their keys and values, {format_bytes(kept)}; a step computes "
+            f"{step} in the mean, not {bare}; activations {live}, not {alone}"
+        )
     return (
         f"{len(counts)} reference image{plural}: {each}; a step sees {work.sequence_tokens} tokens, not "
         f"{work.sequence_tokens - work.reference_tokens}, and computes {step}, not {bare}; "

@@ -27,21 +27,24 @@ written, scaled and rounded apart from the matmul, some 24 bytes of device memor
 is as long as the matmul itself for dev's widest Linear (6144 columns), on an RTX 3060 half as long."""
 
 
-def block_flops(model: ModelSpec, workload: Workload, batch: int) -> tuple[float, float, float]:
+def block_flops(model: ModelSpec, workload: Workload, batch: int, is_first: bool = False) -> tuple[float, float, float]:
     """(linear of a double-stream block, linear of a single-stream block, attention of either) of one pass.
 
     2 FLOPs per weight and token that the weight sees: half a double-stream block's weights see the image, half the
-    text, all of a single-stream block's see both. Attention is 4 S^2 h.
+    text, all of a single-stream block's see both. Attention is 4 S^2 h; of kept references (``reference_keys``) R^2 in
+    the step that is the first, besides what all other tokens see.
     """
-    dims, tokens = model.transformer, workload.sequence_tokens
+    dims, tokens = model.transformer, workload.sequence_tokens if is_first else workload.step_tokens
     double = batch * tokens * dims.double_block.linear_weights
     single = 2 * batch * tokens * dims.single_block.linear_weights
-    return double, single, 4 * batch * tokens**2 * dims.hidden_size
+    seen = workload.step_tokens * workload.sequence_tokens
+    seen += workload.reference_tokens**2 if is_first and workload.caches_references else 0
+    return double, single, 4 * batch * seen * dims.hidden_size
 
 
 def low_rank_flops(workload: Workload, batch: int) -> float:
     """Of all LoRA factors in one pass, as if every token met each of them."""
-    return 2 * batch * workload.sequence_tokens * sum(adapter.values for adapter in workload.adapters)
+    return 2 * batch * workload.step_tokens * sum(adapter.values for adapter in workload.adapters)
 
 
 def layer_flops(model: ModelSpec, workload: Workload, prompts: int) -> tuple[float, float]:

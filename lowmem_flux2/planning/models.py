@@ -352,6 +352,7 @@ class ModelSpec:
     Attributes:
         form: ``dev`` (embedded guidance, Mistral) or ``klein`` (two passes for guidance, Qwen3).
         is_distilled: klein in few steps, without guidance.
+        caches_references: klein KV: references are computed in the first step alone (``reference_keys``).
         source: alias, folder or hub id, for messages.
         stored_dtype: what the transformer's checkpoint stores.
         text_stored_dtype, vae_stored_dtype: what the others' store; None where only the transformer's is known.
@@ -371,6 +372,7 @@ class ModelSpec:
     vae_stored_dtype: StoredDtype | None = None
     transformer_files: FileSizes | None = None
     text_files: FileSizes | None = None
+    caches_references: bool = False
 
     def file_sizes_of(self, component: str) -> FileSizes | None:
         """What the component's quantized files hold; None where a dtype says it all."""

@@ -22,7 +22,14 @@ from typing import Any, Final, Literal
 from lowmem_flux2.errors import CheckpointBroken, CheckpointMissing, UsageError
 from lowmem_flux2.folders import cache_folder
 from lowmem_flux2.planning import sources
-from lowmem_flux2.planning.configs import CONFIG_FILES, OWN_CONFIG, OWN_CONFIG_FILE, read_configs, spec_from_configs
+from lowmem_flux2.planning.configs import (
+    CONFIG_FILES,
+    KLEIN_KV,
+    OWN_CONFIG,
+    OWN_CONFIG_FILE,
+    read_configs,
+    spec_from_configs,
+)
 from lowmem_flux2.planning.gguf_header import is_gguf
 from lowmem_flux2.planning.headers import FileHeader
 from lowmem_flux2.planning.models import Component, ModelSpec
@@ -258,8 +265,10 @@ def _configs(config: Mapping[str, Any], parts: Mapping[SinglePart, _Part]) -> di
     text_encoder = parts["text_encoder"].configs
     about = text_encoder if parts["text_encoder"].header is None else parts["tokenizer"].configs
     index = dict(shipped["model_index"])
-    if not config["guidance_embeds"]:  # a base model's weights look like those of its distilled sibling
-        index["is_distilled"] = about.get("model_index", {}).get("is_distilled", True)
+    if not config["guidance_embeds"]:  # weights of a base model and of a KV model look like their sibling's
+        told = about.get("model_index", {})
+        index["is_distilled"] = told.get("is_distilled", True)
+        index["_class_name"] = told["_class_name"] if told.get("_class_name") == KLEIN_KV else index["_class_name"]
     configs = {
         "model_index": index,
         "transformer": config,

@@ -35,12 +35,17 @@ class _Alias:
     configs: str
     """Folder under assets/configs: a base model has its distilled sibling's shape."""
     is_distilled: bool = False
+    pipeline: str = ""
+    """Where it is not that of the configs."""
 
 
 _ALIASES: Final[Mapping[str, _Alias]] = {
     "flux2-dev": _Alias("black-forest-labs/FLUX.2-dev", "flux2-dev"),
     "flux2-klein-4b": _Alias("black-forest-labs/FLUX.2-klein-4B", "flux2-klein-4b", is_distilled=True),
     "flux2-klein-9b": _Alias("black-forest-labs/FLUX.2-klein-9B", "flux2-klein-9b", is_distilled=True),
+    "flux2-klein-9b-kv": _Alias(
+        "black-forest-labs/FLUX.2-klein-9b-kv", "flux2-klein-9b", is_distilled=True, pipeline="Flux2KleinKVPipeline"
+    ),
     "flux2-klein-base-4b": _Alias("black-forest-labs/FLUX.2-klein-base-4B", "flux2-klein-4b"),
     "flux2-klein-base-9b": _Alias("black-forest-labs/FLUX.2-klein-base-9B", "flux2-klein-9b"),
 }
@@ -223,7 +228,8 @@ def shipped_configs(name: str) -> dict[str, Mapping[str, Any]]:
     """
     alias = _ALIASES[name]
     configs = read_configs(ASSETS / "configs" / alias.configs, name)
-    return {**configs, "model_index": {**configs["model_index"], "is_distilled": alias.is_distilled}}
+    index = {**configs["model_index"], "is_distilled": alias.is_distilled}
+    return {**configs, "model_index": index | ({"_class_name": alias.pipeline} if alias.pipeline else {})}
 
 
 def _from_folder(folder: Path, name: str, kind: SourceKind, source: str) -> ModelSource:

@@ -19,7 +19,7 @@ from lowmem_flux2.planning.activations import (
 )
 from lowmem_flux2.planning.adapters import kept_bytes
 from lowmem_flux2.planning.batches import batch_sizes, batches_a_pass
-from lowmem_flux2.planning.chunks import chunk_bounds
+from lowmem_flux2.planning.block_times import block_times
 from lowmem_flux2.planning.expansion import expand_seconds, reading_seconds
 from lowmem_flux2.planning.file_bytes import (
     block_file_bytes,
@@ -31,11 +31,9 @@ from lowmem_flux2.planning.file_bytes import (
     writer_file_bytes,
 )
 from lowmem_flux2.planning.flops import (
-    CHUNK_OVERHEADS,
     DECODER_OVERHEADS,
     ENCODER_OVERHEADS,
     STEP_OVERHEADS,
-    block_flops,
     compute_rate,
     compute_seconds,
     decode_flops,
@@ -45,7 +43,7 @@ from lowmem_flux2.planning.flops import (
 )
 from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS, GGUF, MIXED
 from lowmem_flux2.planning.hardware import Hardware
-from lowmem_flux2.planning.mixed import mixed_blocks, planes_shares
+from lowmem_flux2.planning.mixed import mixed_blocks
 from lowmem_flux2.planning.models import BlockSpec, ModelSpec, TransformerSpec
 from lowmem_flux2.planning.passages import AS_HELD, FileForm
 from lowmem_flux2.planning.plan import ONE_BY_ONE, StagePlan
@@ -181,21 +179,7 @@ def _denoise_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwa
     fmt, dims = FORMATS[stage.weight_format], model.transformer
     dtype_bytes, batch, passes = DTYPE_BYTES[stage.compute_dtype], stage.batch_size, workload.guidance_passes
     overhead_s = hardware.block_overhead_s
-    double, single, attention = block_flops(model, workload, batch)
-    chunks = workload.sequence_tokens // stage.chunk_tokens if stage.chunk_tokens else 1
-    launches_s = CHUNK_OVERHEADS * overhead_s * max(chunks - 1, 0)
-    shares = planes_shares(dims) if fmt.name == MIXED else (0.0, 0.0)
-    expand_s = [
-        passes * expand_seconds(hardware, fmt, dtype_bytes, weights, planes)
-        for weights, planes in zip(_expanded(stage, model, workload), shares, strict=True)
-    ]
-    double_ns, single_ns = (
-        nanoseconds(
-            passes * (compute_seconds(hardware, stage.compute_dtype, linear, attention, fmt) + launches_s) + expanding,
-            1,
-        )
-        for linear, expanding in zip((double, single), expand_s, strict=True)
-    )
+    (double_ns, single_ns), expand_s = block_times(stage, model, workload, hardware)
     text_input = passes * workload.text_tokens * dims.joint_dim * dtype_bytes
     largest_embedder = max(6 * dims.hidden_size, dims.joint_dim) * dims.hidden_size
     noise = workload.num_images * workload.image_tokens * dims.in_channels * dtype_bytes
@@ -206,6 +190,10 @@ def _denoise_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwa
     skipped_ns = nanoseconds(STEP_OVERHEADS * overhead_s, 1) + taken.first_blocks * double_ns
     before = before_weights(hardware)
     before["first_ns"] += batches * taken.skipped * skipped_ns
+    if workload.caches_references:  # as if no copy hid behind what each batch's first step computes more
+        (first_double_ns, first_single_ns), _ = block_times(stage, model, workload, hardware, is_first=True)
+        more_ns = dims.num_double * (first_double_ns - double_ns) + dims.num_single * (first_single_ns - single_ns)
+        before["first_ns"] += batches * more_ns
     return StageWork(
         block_bytes=tuple(block_sizes(stage, model)),
         compute_ns=(double_ns,) * dims.num_double + (single_ns,) * dims.num_single,
@@ -226,20 +214,6 @@ def _denoise_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwa
         file_form=file_form(stage, model),
         other_file_bytes=transformer_file_bytes(model) + kept_bytes(workload.adapters, dtype_bytes),
     )
-
-
-def _expanded(stage: StagePlan, model: ModelSpec, workload: Workload) -> tuple[float, float]:
-    """Weights that one pass expands in a (double-stream, single-stream) block: each Linear's, once a chunk.
-
-    Half of a double-stream block's Linears see the chunks of text, half those of the image.
-    """
-    dims, text = model.transformer, workload.text_tokens
-    texts, images, both = (
-        len(chunk_bounds(tokens, stage.chunk_tokens))
-        for tokens in (text, workload.sequence_tokens - text, workload.sequence_tokens)
-    )
-    double, single = dims.double_block.linear_weights, dims.single_block.linear_weights
-    return double * (texts + images) / 2, float(single * both)
 
 
 def _upsample_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardware: Hardware) -> StageWork:

@@ -85,8 +85,8 @@ class Taylor:
         return sum(self.is_computed(step, steps) for step in range(steps))
 
     def bytes_kept(self, model: ModelSpec, workload: Workload, batch: int, dtype_bytes: int) -> int:
-        """``order`` + 1 velocities of each image and its references, guidance passes joined."""
-        tokens = workload.image_tokens + workload.reference_tokens
+        """``order`` + 1 velocities of each image and the references in a step, guidance passes joined."""
+        tokens = workload.step_tokens - workload.text_tokens
         return (self.order + 1) * batch * tokens * model.transformer.in_channels * dtype_bytes
 
 

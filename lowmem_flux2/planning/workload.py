@@ -68,6 +68,7 @@ class Workload:
     distilled, has no embedded guidance and guidance_scale > 1. ``references`` are (width, height) in pixels of each
     reference image, after preprocessing; ``reference_tokens`` are those of all together. ``adapters`` are the request's
     LoRAs, but for those of scale 0. ``upsample_temperature`` is None where prompts are not upsampled.
+    ``caches_references``: references are computed in the first step alone (``reference_keys``).
     """
 
     width: int
@@ -82,6 +83,12 @@ class Workload:
     references: tuple[tuple[int, int], ...] = ()
     adapters: tuple[Adapter, ...] = ()
     upsample_temperature: float | None = None
+    caches_references: bool = False
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one image that each step computes; of kept references the first step's are more."""
+        return self.sequence_tokens - (self.reference_tokens if self.caches_references else 0)
 
     @property
     def sequence_tokens(self) -> int:
@@ -143,6 +150,7 @@ def workload_of(request: Request, model: ModelSpec) -> Workload:
         guidance_passes=guidance_passes(model, request.guidance_scale),
         references=sizes,
         adapters=adapters_of(request.loras, model),
+        caches_references=model.caches_references and bool(sizes),
         upsample_temperature=request.caption_upsample_temperature,
     )
 

@@ -31,6 +31,7 @@ from lowmem_flux2.runtime.components import transformer_blocks, transformer_on_m
 from lowmem_flux2.runtime.device import DTYPES, release_memory
 from lowmem_flux2.runtime.forward import Forward, StepConditioning
 from lowmem_flux2.runtime.layout import load_module, unbind
+from lowmem_flux2.runtime.reference_keys import ReferenceKeys, keep_references
 from lowmem_flux2.runtime.references import References
 from lowmem_flux2.runtime.step_cache import Reuse, reuse
 from lowmem_flux2.runtime.step_hook import StepHook
@@ -109,6 +110,8 @@ class Denoiser:
         self._warn = warn
         self._weights = weights
         self._transformer = transformer_on_meta(folder / "transformer")
+        if model.caches_references:
+            keep_references(self._transformer)
         self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
         self._forward = Forward(
             self._transformer,
@@ -121,7 +124,8 @@ class Denoiser:
         self._adapters = AttachedAdapters(request.loras, model, weights, self._dtype, device)
         self._streamer: BlockStreamer | None = None
         self._interrupt = False
-        self._ropes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._ropes: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._resting: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._files = weights.open("transformer")  # last: nothing after it can fail and leave it open
 
     @torch.no_grad()
@@ -165,6 +169,8 @@ class Denoiser:
         moments = {
             size: self._moments(size, latents.dtype, timesteps) for size in {len(latents[each]) for each in left}
         }
+        keeps = references is not None and self._model.caches_references
+        self._resting = {size: self._modulations_at_rest(size) for size in moments} if keeps else {}
         projected = self._projected(
             [embeds[batch] for embeds in (prompt_embeds, negative_embeds) if embeds is not None for batch in left]
         )
@@ -172,7 +178,8 @@ class Denoiser:
         del projected
         self._adapters.detach()
         self._drop(CONDITIONING)
-        self._load_blocks(len(left) * len(timesteps) - progress.step)
+        again = int(keeps and progress.step > 0)  # what was kept is made once more
+        self._load_blocks(len(left) * len(timesteps) - progress.step + again)
         on_loaded()
         self._ropes.clear()
         for batch, texts in zip(left, texts_of, strict=True):
@@ -242,6 +249,12 @@ class Denoiser:
             )
         return steps
 
+    def _modulations_at_rest(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of references that are kept, as if at timestep 0: in double-stream blocks, and in single-stream ones."""
+        net = self._transformer
+        embedding = net.time_guidance_embed(torch.zeros(batch, dtype=self._dtype, device=self._device), None)
+        return net.double_stream_modulation_img(embedding), net.single_stream_modulation(embedding)
+
     def _projected(self, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Each batch's projected text; equal ones are one tensor: of one prompt's images, and of negative prompts."""
         distinct: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -285,10 +298,11 @@ class Denoiser:
         return after
 
     def _rope(self, text: torch.Tensor, image_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of texts of this length; all images of a run are alike in their own tokens and their references'."""
-        if text.shape[1] not in self._ropes:
-            self._ropes[text.shape[1]] = self._forward.rope(text, image_ids)
-        return self._ropes[text.shape[1]]
+        """Of so many tokens; all images of a run are alike in their own and their references'."""
+        tokens = (text.shape[1], image_ids.shape[1])
+        if tokens not in self._ropes:
+            self._ropes[tokens] = self._forward.rope(text, image_ids)
+        return self._ropes[tokens]
 
     def _run(
         self,
@@ -304,10 +318,16 @@ class Denoiser:
     ) -> torch.Tensor:
         """All steps of one batch; (B, channels, height, width) -> packed (B, tokens, channels), host."""
         image_ids = Flux2Pipeline._prepare_latent_ids(noise).to(self._device)
-        beside = None
+        beside = keys = None
         if references is not None:
-            image_ids = torch.cat([image_ids, references.ids.to(self._device).expand(len(noise), -1, -1)], dim=1)
+            reference_ids = references.ids.to(self._device).expand(len(noise), -1, -1)
             beside = references.latents.to(self._device, self._dtype).repeat(len(noise), 1, 1)
+            if self._model.caches_references:
+                rope = self._rope(texts[0], torch.cat([reference_ids, image_ids], dim=1))
+                keys = ReferenceKeys(self._transformer, beside, self._resting[len(noise)], rope)
+                beside = None
+            else:
+                image_ids = torch.cat([image_ids, reference_ids], dim=1)
         self._interrupt = False
         latents = progress.latents
         if latents is None:
@@ -327,12 +347,14 @@ class Denoiser:
         for index in range(progress.step, len(steps)):
             moment, conditioning = timesteps[index], steps[index]
             tokens = latents if beside is None else torch.cat([latents, beside], dim=1)
-            compute = partial(self._forward.predict, streamer, tokens, passes, conditioning)
+            compute = partial(self._forward.predict, streamer, tokens, passes, conditioning, keys=keys)
+            if keys is not None and not keys.are_there and index > 0:
+                compute()  # of a run that goes on, whose first step is over: fills them
             prediction = kept.predict(index, compute, streamer.skip)[:, :own]
             advanced = self._scheduler.step(prediction, moment, latents, return_dict=False)[0]
             if not bool(torch.isfinite(advanced).all()):
                 was_skipped = index in kept.skipped
-                self._forward.explain_non_finite(streamer, index, tokens, passes, conditioning, was_skipped)
+                self._forward.explain_non_finite(streamer, index, tokens, passes, conditioning, was_skipped, keys)
             latents, version = advanced, advanced._version  # counts writes
             if after is not None:
                 latents = after(index, moment, advanced)

@@ -14,6 +14,7 @@ from torch import nn
 
 from lowmem_flux2.errors import NonFiniteLatents
 from lowmem_flux2.runtime.chunking import Chunks, double_block, single_block
+from lowmem_flux2.runtime.reference_keys import KeptLayer, ReferenceKeys, attention_arguments, modulation_of
 from lowmem_flux2.runtime.step_cache import Residuals
 from lowmem_flux2.runtime.streaming import BlockStreamer
 
@@ -75,33 +76,44 @@ class Forward:
         conditioning: StepConditioning,
         watch: Callable[[int, Pass], None] | None = None,
         residuals: Residuals | None = None,
+        keys: ReferenceKeys | None = None,
     ) -> torch.Tensor:
         """The velocity for one step: (B, tokens, channels). Equal to Flux2Transformer2DModel.forward, with guidance.
 
-        Where ``residuals`` stand for all blocks but the first, it is that of the image's own tokens alone.
+        Where ``residuals`` stand for all blocks but the first, it is that of the image's own tokens alone; so it is
+        with ``keys``, which it fills where they are not there.
         """
         net = self._transformer
+        fills = None if keys is None or keys.are_there else keys
+        references = 0
+        if fills is not None:
+            latents, references = torch.cat([fills.latents, latents], dim=1), fills.tokens
         projected = net.x_embedder(latents.to(self._dtype))
         for one in passes:
             one.hidden, one.encoder_hidden = projected, one.text
         if residuals is not None:
-            residuals.enter(projected)
+            residuals.enter(projected[:, references:])
         del projected  # else it lives through the whole step
         doubles = len(net.transformer_blocks)
         for index, block in enumerate(streamer.round()):
             for one in passes:
+                layer = None if keys is None else keys.layer(index, one.text.shape[1])
                 if index < doubles:
-                    self._double(block, one, conditioning)
+                    self._double(block, one, conditioning, layer, fills)
                 else:
-                    self._single(block, one, conditioning, first=index == doubles)
+                    self._single(block, one, conditioning, layer, fills, first=index == doubles)
                 if watch is not None:
                     watch(index, one)
-            if index == 0 and residuals is not None and residuals.may_skip([self._image(one, 0) for one in passes]):
+            if index > 0 or residuals is None:
+                continue
+            if residuals.may_skip([self._image(one, 0, references) for one in passes]):
                 streamer.skip()
                 break
+        if fills is not None:
+            fills.are_there = True
         predictions: list[torch.Tensor] = []
         for number, one in enumerate(passes):
-            image = self._image(one, index)
+            image = self._image(one, index, references)
             if residuals is not None:
                 image = residuals.leave(number, image)
             predictions.append(net.proj_out(net.norm_out(image, conditioning.embedding)))
@@ -112,38 +124,59 @@ class Forward:
         positive, negative = predictions
         return negative + self._guidance_scale * (positive - negative)
 
-    def _image(self, one: Pass, index: int) -> torch.Tensor:
-        """The image stream after this block; in single-stream blocks it follows the text."""
+    def _image(self, one: Pass, index: int, references: int) -> torch.Tensor:
+        """The image stream after this block, without so many tokens before it; in single-stream blocks it follows the
+        text."""
         is_joint = index >= len(self._transformer.transformer_blocks)
-        return one.hidden[:, one.text.shape[1] :, ...] if is_joint else one.hidden
+        return one.hidden[:, (one.text.shape[1] if is_joint else 0) + references :]
 
-    def _double(self, block: nn.Module, one: Pass, conditioning: StepConditioning) -> None:
+    def _double(
+        self,
+        block: nn.Module,
+        one: Pass,
+        conditioning: StepConditioning,
+        layer: KeptLayer | None,
+        fills: ReferenceKeys | None,
+    ) -> None:
+        image = conditioning.double_image if fills is None else fills.of_image(conditioning.double_image)
+        rope = one.rope if fills is None else fills.rope
         if self.chunks is not None:
-            modulations = (conditioning.double_image, conditioning.double_text)
             one.encoder_hidden, one.hidden = double_block(
-                block, one.hidden, one.encoder_hidden, *modulations, one.rope, self.chunks
+                block, one.hidden, one.encoder_hidden, image, conditioning.double_text, rope, self.chunks, layer
             )
             return
         one.encoder_hidden, one.hidden = block(
             hidden_states=one.hidden,
             encoder_hidden_states=one.encoder_hidden,
-            temb_mod_img=conditioning.double_image,
+            temb_mod_img=modulation_of(image, 0, one.hidden.shape[1]),
             temb_mod_txt=conditioning.double_text,
-            image_rotary_emb=one.rope,
+            image_rotary_emb=rope,
+            **attention_arguments(layer, is_joint=False),
         )
 
-    def _single(self, block: nn.Module, one: Pass, conditioning: StepConditioning, first: bool) -> None:
+    def _single(
+        self,
+        block: nn.Module,
+        one: Pass,
+        conditioning: StepConditioning,
+        layer: KeptLayer | None,
+        fills: ReferenceKeys | None,
+        first: bool,
+    ) -> None:
+        modulation = conditioning.single if fills is None else fills.of_all(conditioning.single, one.text.shape[1])
+        rope = one.rope if fills is None else fills.rope
         if first:
             one.hidden = torch.cat([one.encoder_hidden, one.hidden], dim=1)
             one.encoder_hidden = one.text
         if self.chunks is not None:
-            one.hidden = single_block(block, one.hidden, conditioning.single, one.rope, self.chunks)
+            one.hidden = single_block(block, one.hidden, modulation, rope, self.chunks, layer)
             return
         one.hidden = block(
             hidden_states=one.hidden,
             encoder_hidden_states=None,
-            temb_mod=conditioning.single,
-            image_rotary_emb=one.rope,
+            temb_mod=modulation_of(modulation, 0, one.hidden.shape[1]),
+            image_rotary_emb=rope,
+            **attention_arguments(layer, is_joint=True),
         )
 
     def explain_non_finite(
@@ -154,6 +187,7 @@ class Forward:
         passes: Sequence[Pass],
         conditioning: StepConditioning,
         was_skipped: bool = False,
+        keys: ReferenceKeys | None = None,
     ) -> None:
         """Run the step again, looking at what goes in and then after every block, at both streams.
 
@@ -175,7 +209,7 @@ class Forward:
                 found.append(names[index])
 
         if not found:
-            self.predict(streamer, latents, passes, conditioning, watch)
+            self.predict(streamer, latents, passes, conditioning, watch, keys=keys)
         where = found[0] if found else "the step cache's forecast" if was_skipped else "the output projection"
         hint = "try --dtype fp32" if self._dtype is torch.float16 else "the weights may be broken, or guidance too high"
         raise NonFiniteLatents(

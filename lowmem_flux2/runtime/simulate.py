@@ -88,7 +88,7 @@ def simulate_stage(
     every_block = every_block or bool(workload.adapters)
     with TemporaryDirectory() as made:
         cut = None
-        if not every_block and stage.stage == "denoise":
+        if not every_block and stage.stage == "denoise" and not workload.caches_references:
             cut = cut_transformer(folder, model, stage, Path(made))
         elif not every_block and stage.stage == "encode":
             cut = cut_text_encoder(folder, model, stage, Path(made))

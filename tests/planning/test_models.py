@@ -289,7 +289,7 @@ BROKEN: list[tuple[str, str, dict[str, Any], list[str]]] = [
         ["quantized by bitsandbytes in 8 bits, which is not read here"],
     ),
     ("flux2-dev", "text_encoder", {"quantization_config": {"quant_method": "gptq"}}, ["quantized by gptq", "bf16"]),
-    ("flux2-dev", "model_index", {"_class_name": "Flux2KleinKVPipeline"}, ["Flux2KleinKVPipeline", "klein KV model"]),
+    ("flux2-dev", "model_index", {"_class_name": "Flux2KleinInpaintPipeline"}, ["Flux2KleinInpaintPipeline", "masked"]),
     ("flux2-dev", "text_encoder", {"dtype": "int8"}, ["text_encoder/config.json", "'dtype' is 'int8'"]),
     (
         "flux2-dev",

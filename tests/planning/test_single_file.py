@@ -49,6 +49,8 @@ def test_a_released_model_needs_nothing_else(name: str, prefix: str, tmp_path: P
 def test_a_base_model_is_told_by_its_text_encoder(tmp_path: Path) -> None:
     file = write(tmp_path / "x.safetensors", full_size("flux2-klein-4b"))
     assert not resolve_model(str(file), text_encoder="flux2-klein-base-4b", offline=True).spec.is_distilled
+    wide = write(tmp_path / "y.safetensors", full_size("flux2-klein-9b"))
+    assert resolve_model(str(wide), text_encoder="flux2-klein-9b-kv", offline=True).spec.caches_references
 
 
 def test_what_would_fit_names_the_file_and_its_parts(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ def test_alias_needs_no_download(name: str) -> None:
     assert found.repo_id is not None
     assert found.repo_id.lower().endswith(name.removeprefix("flux2-"))
     assert found.repo_id.startswith("black-forest-labs/FLUX.2-")
-    assert found.spec.is_distilled == (name in ("flux2-klein-4b", "flux2-klein-9b"))
+    assert found.spec.is_distilled == (name in ("flux2-klein-4b", "flux2-klein-9b", "flux2-klein-9b-kv"))
+    assert found.spec.caches_references == name.endswith("-kv")
 
 
 def test_base_synonyms() -> None:

@@ -135,10 +135,10 @@ def test_the_ladder_takes_chunks_when_no_block_is_left_to_stream(
     expected = Engine(folder, dtype="fp32").generate("a red circle", **asked).images
     predict = Forward.predict
 
-    def short(self: Forward, *args: Any) -> torch.Tensor:
+    def short(self: Forward, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.chunks is None:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return predict(self, *args)
+        return predict(self, *args, **kwargs)
 
     monkeypatch.setattr(Forward, "predict", short)
     made = Engine(folder, dtype="fp32").generate("a red circle", **asked)
