@@ -131,7 +131,7 @@ def test_every_kind_of_memory_may_run_out(
 
 
 def test_other_errors_are_not_taken_for_it(tiny_klein: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr(Forward, "predict", fail)
