@@ -21,7 +21,7 @@ from lowmem_flux2.planning.preparation import SPARE_BYTES, Prepared
 from lowmem_flux2.planning.selection import Selection, check_selection, compute_dtype
 from lowmem_flux2.planning.sources import ModelSource
 from lowmem_flux2.planning.support import LIBRARY_OF, SUPPORTED
-from lowmem_flux2.runtime.cache import MANIFEST, clear_prompts, prompt_files
+from lowmem_flux2.runtime.cache import MANIFEST, PARTIAL, clear_prompts, entry_folder, locked, prompt_files
 from lowmem_flux2.units import format_bytes
 
 PROMPTS = "prompts"
@@ -72,8 +72,12 @@ def room_warning(plan: Plan, cache: Path) -> str:
     )
 
 
+def _unfinished(cache: Path) -> list[Path]:
+    return sorted((cache / "prepared").glob(f"{PARTIAL}*"))
+
+
 def listing(cache: Path) -> Table:
-    """Name, size and source of each finished entry. Never imports torch."""
+    """Name, size and source of each entry, finished or not. Never imports torch."""
     table = Table(show_edge=False, pad_edge=False)
     for heading in ("name", "size", "blocks", "source"):
         table.add_column(heading, justify="right" if heading in ("size", "blocks") else "left", overflow="fold")
@@ -84,6 +88,10 @@ def listing(cache: Path) -> Table:
         except (OSError, ValueError, KeyError, TypeError):
             row = "-", "-", f"damaged: its {MANIFEST} cannot be read"
         table.add_row(folder.name, *row)
+    for folder in _unfinished(cache):
+        sizes = [path.stat().st_size for path in folder.glob("block-*.bin")]
+        row = format_bytes(sum(sizes)), str(len(sizes)), "unfinished: preparing the same again goes on with it"
+        table.add_row(folder.name.removeprefix(PARTIAL), *row)
     if prompts := prompt_files(cache):
         size = sum(entry.size_bytes for entry in prompts)
         table.add_row(PROMPTS, format_bytes(size), "-", f"the prompt cache: {len(prompts)} batches of prompts")
@@ -113,18 +121,29 @@ def verify(cache: Path, out: Console) -> None:
 
 
 def remove(cache: Path, name: str) -> None:
-    """Remove one entry, or the whole prompt cache under its name.
+    """Remove one entry, finished or not, or the whole prompt cache under its name.
 
     Raises:
-        UsageError: no entry of that name.
+        UsageError: no entry of that name, being prepared at this moment, or the cache cannot be written.
     """
-    if name == PROMPTS:
-        clear_prompts(cache)
-        return
-    folder = cache / "prepared" / name
-    if folder not in _entries(cache):
-        raise UsageError(f"--remove {name}: no such entry; --list shows them")
-    shutil.rmtree(folder)
+
+    def refuse() -> None:
+        raise UsageError(f"--remove {name}: another process is preparing it")
+
+    try:
+        if name == PROMPTS:
+            clear_prompts(cache)
+            return
+        final = entry_folder(cache, name)
+        both = (final, final.with_name(f"{PARTIAL}{name}"))
+        found = [folder for folder in both if folder in (*_entries(cache), *_unfinished(cache))]
+        if not found:
+            raise UsageError(f"--remove {name}: no such entry; --list shows them")
+        with locked(final, on_wait=refuse):
+            for folder in found:
+                shutil.rmtree(folder)
+    except OSError as error:
+        raise UsageError(f"--remove {name}: {cache} cannot be written: {error}") from error
 
 
 def prepare_all(

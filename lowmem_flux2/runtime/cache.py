@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from lowmem_flux2.errors import UsageError
 from lowmem_flux2.units import GIB, parse_bytes
@@ -88,19 +89,36 @@ def repair(folder: Path) -> str:
 def locked(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """Hold the lock of an entry's folder; ``on_wait`` is told once if another process has it, which is then awaited.
 
-    The system frees it when its holder ends, however that may be.
+    The system frees it when its holder ends, however that may be; the file goes with it, unless its holder was killed.
 
     Raises:
         OSError: the cache cannot be written.
     """
-    name = folder.name.removeprefix(PARTIAL)
-    with folder.with_name(f"{name}.lock").open("a") as file:
-        if os.name != "nt":
-            import fcntl
-
+    path = folder.with_name(f"{folder.name.removeprefix(PARTIAL)}.lock")
+    while True:
+        with path.open("a") as file:
+            if not _is_held(file, path, on_wait):
+                continue
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                on_wait()
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+                yield
+            finally:
+                with suppress(OSError):  # Windows keeps a file that is open
+                    path.unlink()
+            return
+
+
+def _is_held(file: TextIO, path: Path, on_wait: Callable[[], None]) -> bool:
+    """Lock an open file; False where its last holder has removed it, and others lock a new one."""
+    if os.name == "nt":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        on_wait()
+        fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

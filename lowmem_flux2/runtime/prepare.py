@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -79,24 +79,18 @@ def prepare(
             if final.exists():
                 return PreparedStore.open(final)
             _remove_stale(entry, folder, final.parent)
-            partial.mkdir(exist_ok=True)
-            for left in partial.glob("*.tmp"):  # by a run that was killed
-                left.unlink()
-            write_atomically(partial / SOURCE, str(folder.resolve()))
-            with TensorFile(source) as files:
+            with TensorFile(source) as files, _unfinished(partial):
                 job = Conversion.of(folder, model, component, weight_format, DTYPES[dtype], files)
-                _check_disk(partial, job.bytes_missing(partial))
+                _check_disk(cache, job.bytes_missing(partial))
+                write_atomically(partial / SOURCE, str(folder.resolve()))
                 on_start(len(job.missing(partial)))
                 job.run(partial, on_block, lambda: _check_stamp(source, stamp))
-            write_atomically(partial / MANIFEST, _manifest(partial, entry, folder, job.layouts).text())
-            _sync_folder(partial)
-            partial.rename(final)
+                write_atomically(partial / MANIFEST, _manifest(partial, entry, folder, job.layouts).text())
+                _sync_folder(partial)
+                partial.rename(final)
             _sync_folder(final.parent)
-    except _SourceChanged:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     except OSError as error:  # of the cache alone: reading the source raises CheckpointBroken
-        raise _refusal(error, final.parent, job.bytes_missing(partial) if job else 0) from error
+        raise _refusal(error, cache, partial, job.bytes_missing(partial) if job else 0) from error
     return PreparedStore.open(final)
 
 
@@ -118,6 +112,24 @@ def _stamp(folder: Path) -> list[tuple[str, int, int, int, int]]:
 def _check_stamp(folder: Path, stamp: Sequence[object]) -> None:
     if _stamp(folder) != stamp:
         raise _SourceChanged(f"{folder} was changed while it was prepared: nothing of it is kept; run again")
+
+
+@contextmanager
+def _unfinished(partial: Path) -> Iterator[None]:
+    """Make an entry in this folder. Where it stays unfinished, it is kept only for finished blocks that still serve."""
+    partial.mkdir(exist_ok=True)
+    for left in partial.glob("*.tmp"):  # by a run that was killed
+        left.unlink()
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, _SourceChanged) or not _blocks_of(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _blocks_of(partial: Path) -> list[Path]:
+    return list(partial.glob("block-*.bin"))
 
 
 def _installed(name: str) -> bool:
@@ -150,25 +162,28 @@ def _manifest(partial: Path, entry: Entry, folder: Path, layouts: Sequence[Layou
     )
 
 
-def _check_disk(folder: Path, needed_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
+def _check_disk(cache: Path, needed_bytes: int) -> None:
+    free = shutil.disk_usage(cache).free
     if free < needed_bytes + SPARE_BYTES:
-        raise DoesNotFit(
-            "prepare", "disk", needed_bytes + SPARE_BYTES, free, [f"--cache-dir on a disk with more than {folder} has"]
-        )
+        raise DoesNotFit("prepare", "disk", needed_bytes + SPARE_BYTES, free, [_elsewhere(cache)])
 
 
-def _refusal(error: OSError, root: Path, needed_bytes: int) -> LowMemFlux2Error:
+def _elsewhere(cache: Path) -> str:
+    return f"--cache-dir on another disk than that of {cache}, or room on it (lowmem-flux2 prepare --list, --remove)"
+
+
+def _refusal(error: OSError, cache: Path, partial: Path, needed_bytes: int) -> LowMemFlux2Error:
     """What it means that the cache could not be written with so many bytes to come. Finished blocks are kept."""
     if error.errno not in _DISK_IS_FULL:
-        return UsageError(f"{root} cannot be written: {error}; give another folder with --cache-dir")
-    free = shutil.disk_usage(root).free
-    kept = "what is finished is kept and taken over by the next run (prepare --list, --remove)"
+        return UsageError(f"{cache} cannot be written: {error}; give another folder with --cache-dir")
+    free = shutil.disk_usage(next(each for each in (cache, *cache.absolute().parents) if each.exists())).free
+    done = len(_blocks_of(partial))
+    kept = f"; {done} finished blocks are kept, and taken over by the next run" if done else ""
     if free < needed_bytes:
-        return DoesNotFit("prepare", "disk", needed_bytes, free, [f"--cache-dir on another disk; {kept}"])
+        return DoesNotFit("prepare", "disk", needed_bytes, free, [_elsewhere(cache) + kept])
     return UsageError(
-        f"{root}: the system takes no more ({error.strerror}), a quota or a limit on file sizes, perhaps: "
-        f"{format_bytes(needed_bytes)} were still to be written, {format_bytes(free)} are free; {kept}"
+        f"{cache}: the system takes no more ({error.strerror}), a quota or a limit on file sizes, perhaps: "
+        f"{format_bytes(needed_bytes)} were still to be written, {format_bytes(free)} are free{kept}"
     )
 
 

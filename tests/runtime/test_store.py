@@ -25,6 +25,7 @@ from lowmem_flux2.planning.sources import resolve_model
 from lowmem_flux2.preparing import prepared_of
 from lowmem_flux2.runtime import prepare as preparation
 from lowmem_flux2.runtime import store
+from lowmem_flux2.runtime.cache import PARTIAL
 from lowmem_flux2.runtime.components import transformer_blocks, transformer_on_meta
 from lowmem_flux2.runtime.prepare import prepare
 from lowmem_flux2.runtime.quantize import STORED
@@ -257,7 +258,8 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(
     with pytest.raises(DoesNotFit, match="disk") as caught:
         prepared(tiny_klein, tmp_path, on_block=pytest.fail)
     assert caught.value.available_bytes == MIB
-    assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.tmp"))
+    assert f"another disk than that of {tmp_path}," in str(caught.value)
+    assert list((tmp_path / "prepared").iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_says_so(tiny_klein: Path, tmp_path: Path) -> None:
@@ -319,6 +321,10 @@ def test_prepare_lists_verifies_and_removes(run: Run, tiny_klein: Path, cache: P
     assert entries(cache) == []
     assert run("prepare", "--remove", names[0]).code == 2
     assert run("prepare", "--remove", "..").code == 2
+    (cache / "prepared" / f"{PARTIAL}{names[0]}").mkdir()
+    assert "unfinished" in run("prepare", "--list").out
+    assert run("prepare", "--remove", names[0]).code == 0
+    assert list((cache / "prepared").iterdir()) == []
 
 
 def test_generate_without_preparing_exits_4_with_a_command_that_helps(run: Run, tiny_klein: Path) -> None:
