@@ -22,10 +22,10 @@ from lowmem_flux2.planning.models import (
     StoredDtype,
     TextEncoderSpec,
     TransformerSpec,
-    VaeSpec,
     VisionSpec,
 )
 from lowmem_flux2.planning.sdnq import METHOD
+from lowmem_flux2.planning.vae_spec import VaeSpec
 
 CONFIG_FILES: Final[Mapping[str, str]] = {
     "model_index": "model_index.json",

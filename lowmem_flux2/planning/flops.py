@@ -10,7 +10,8 @@ from __future__ import annotations
 from lowmem_flux2.planning.activations import decoder_channels
 from lowmem_flux2.planning.formats import WeightFormat
 from lowmem_flux2.planning.hardware import Hardware
-from lowmem_flux2.planning.models import ModelSpec, VaeSpec
+from lowmem_flux2.planning.models import ModelSpec
+from lowmem_flux2.planning.vae_spec import VaeSpec
 from lowmem_flux2.planning.workload import Workload
 
 STEP_OVERHEADS = 4

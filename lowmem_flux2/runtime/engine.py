@@ -14,7 +14,6 @@ from lowmem_flux2.errors import NotExecutable, UsageError
 from lowmem_flux2.folders import cache_folder
 from lowmem_flux2.planning.adapters import LoraLike, lora_files
 from lowmem_flux2.planning.job import AUTO, Machine, plan_job, replay, resolve_machine
-from lowmem_flux2.planning.models import OUT_LAYERS
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.planner import Selection, StreamFrom
 from lowmem_flux2.planning.references import Reference
@@ -24,8 +23,8 @@ from lowmem_flux2.runtime.cache import prompt_cache_limit
 from lowmem_flux2.runtime.call import check_alone, check_together, in_place_of_prompts, lora_scale, returned, rounded
 from lowmem_flux2.runtime.denoise import Generators
 from lowmem_flux2.runtime.device import torch_device
-from lowmem_flux2.runtime.download import with_weights, with_whole_text_encoder
-from lowmem_flux2.runtime.generation import Generation, GenerationJob, carry_out
+from lowmem_flux2.runtime.download import with_weights
+from lowmem_flux2.runtime.generation import Generation, GenerationJob, carry_out, with_layers_of
 from lowmem_flux2.runtime.images import OutputType
 from lowmem_flux2.runtime.inputs import Inputs, check_inputs
 from lowmem_flux2.runtime.interrupted_file import InterruptedRun, read_saved
@@ -390,14 +389,7 @@ class Engine:
             missing = "; ".join(job.plan.not_executable)
             raise NotExecutable(f"this plan needs what this version cannot carry out yet: {missing}")
         self._source = with_weights(self._source, offline=self._running.offline)
-        source, offline = self._of(job.request), self._running.offline
-        is_upsampled = job.request.caption_upsample_temperature is not None and job.inputs.prompt_embeds is None
-        text = source.spec.text_encoder
-        is_deep = text.layers_used > max(OUT_LAYERS[text.architecture])  # which a download may have left out
-        if (is_upsampled or is_deep) and job.resumed is None and job.interrupted is None:
-            source = with_whole_text_encoder(
-                source, offline=offline, sees=is_upsampled and bool(job.request.references)
-            )
+        source = with_layers_of(self._of(job.request), job, self._running.offline)
         return carry_out(job, source, self._running, self._observer)
 
 

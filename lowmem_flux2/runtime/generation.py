@@ -14,11 +14,13 @@ from lowmem_flux2.errors import DecodeFailed, Interrupted, LowMemFlux2Error
 from lowmem_flux2.planning.adapter_file import read_adapter
 from lowmem_flux2.planning.detect import identify
 from lowmem_flux2.planning.ladder import Resource, next_format, next_rung
+from lowmem_flux2.planning.models import OUT_LAYERS
 from lowmem_flux2.planning.plan import Plan, Stage
 from lowmem_flux2.planning.sources import ModelSource
 from lowmem_flux2.planning.workload import Request
 from lowmem_flux2.report import Report
 from lowmem_flux2.runtime.device import torch_device
+from lowmem_flux2.runtime.download import with_whole_text_encoder
 from lowmem_flux2.runtime.executor import Executor
 from lowmem_flux2.runtime.images import OutputType, images_of
 from lowmem_flux2.runtime.inputs import Inputs
@@ -73,6 +75,20 @@ class GenerationJob:
     resumed: SavedLatents | None = None
     interrupted: InterruptedRun | None = None
     resumed_name: str = ""
+
+
+def with_layers_of(source: ModelSource, job: GenerationJob, offline: bool) -> ModelSource:
+    """The source with those of its text encoder's layers that the job needs and that a download may have left out.
+
+    Raises:
+        CheckpointMissing, CheckpointAccess, DoesNotFit: as ``with_weights``.
+    """
+    is_upsampled = job.request.caption_upsample_temperature is not None and job.inputs.prompt_embeds is None
+    text = source.spec.text_encoder
+    is_deep = text.layers_used > max(OUT_LAYERS[text.architecture])
+    if not (is_upsampled or is_deep) or job.resumed is not None or job.interrupted is not None:
+        return source
+    return with_whole_text_encoder(source, offline=offline, sees=is_upsampled and bool(job.request.references))
 
 
 def carry_out(job: GenerationJob, source: ModelSource, running: Running, observer: Observer) -> Generation:

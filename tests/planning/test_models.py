@@ -19,8 +19,9 @@ from transformers import AutoConfig, Mistral3Config, Mistral3ForConditionalGener
 
 from lowmem_flux2.errors import CheckpointBroken, CheckpointMissing
 from lowmem_flux2.planning.configs import read_configs, spec_from_configs
-from lowmem_flux2.planning.models import BlockSpec, ModelSpec, TextEncoderSpec, TransformerSpec, VaeSpec
+from lowmem_flux2.planning.models import BlockSpec, ModelSpec, TextEncoderSpec, TransformerSpec
 from lowmem_flux2.planning.sources import ASSETS, shipped_configs
+from lowmem_flux2.planning.vae_spec import VaeSpec
 
 FULL_SIZE = ("flux2-dev", "flux2-klein-4b", "flux2-klein-9b")
 
