@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -132,12 +133,17 @@ def formats_of(asked: Asked) -> tuple[str, ...]:
 
 
 def caps_of(asked: Asked, weight_format: str, count: int = CAPS) -> tuple[int, ...]:
-    """Caps from the peak of the leanest plan to that of the fastest, equal factors apart, each rounded up to 1 MiB.
+    """Caps from the peak of the leanest plan to that of the fastest, or of the one with all blocks resident where that
+    fits; equal factors apart, each rounded up to 1 MiB.
 
     Raises:
         DoesNotFit: there is no plan.
     """
     least, most = (_peak(_plan(asked, weight_format, None, prefer)) for prefer in ("memory", "speed"))
+    if asked.selection.placement == "auto":
+        with suppress(DoesNotFit):
+            resident = replace(asked, selection=replace(asked.selection, placement="resident"))
+            most = max(most, _peak(_plan(resident, weight_format, None)))
     factor = max(most / least, 1.0) ** (1 / (count - 1))
     caps = [-(-int(least * factor**number) // (1 << 20)) << 20 for number in range(count)]
     return tuple(dict.fromkeys(caps))
