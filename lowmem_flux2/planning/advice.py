@@ -129,15 +129,19 @@ def _budgets(one: Change, profile: str, most: Limits | None) -> Iterator[Change]
     if most is not None:
         own = Limits(min(own.vram_bytes, most.vram_bytes), min(own.ram_bytes, most.ram_bytes), own.pinnable_bytes)
     may_grow = profile != DETECTED and most is None
-    for size in sorted({*(gib * GIB for gib in RAM_SIZES_GIB), own.ram_bytes // MIB * MIB}):
-        if limits.ram_bytes < size and (may_grow or size <= own.ram_bytes):
-            yield one.with_ram(size) if profile != DETECTED else one.with_choice("max_ram_bytes", size)
-    for size in sorted({*(gib * GIB for gib in VRAM_SIZES_GIB), own.vram_bytes // MIB * MIB}):
-        if limits.vram_bytes < size <= own.vram_bytes:
-            yield one.with_choice("max_vram_bytes", size)
-    if limits.vram_bytes < own.vram_bytes and limits.ram_bytes < own.ram_bytes:
-        both = one.with_choice("max_vram_bytes", own.vram_bytes // MIB * MIB)
-        yield both.with_choice("max_ram_bytes", own.ram_bytes // MIB * MIB)
+    ram_sizes = sorted({*(gib * GIB for gib in RAM_SIZES_GIB), own.ram_bytes // MIB * MIB})
+    ram_sizes = [size for size in ram_sizes if limits.ram_bytes < size and (may_grow or size <= own.ram_bytes)]
+    vram_sizes = sorted({*(gib * GIB for gib in VRAM_SIZES_GIB), own.vram_bytes // MIB * MIB})
+    vram_sizes = [size for size in vram_sizes if limits.vram_bytes < size <= own.vram_bytes]
+
+    def with_ram(change: Change, size: int) -> Change:
+        return change.with_ram(size) if profile != DETECTED else change.with_choice("max_ram_bytes", size)
+
+    yield from (with_ram(one, size) for size in ram_sizes)
+    yield from (one.with_choice("max_vram_bytes", size) for size in vram_sizes)
+    for step in range(max(len(ram_sizes), len(vram_sizes)) if ram_sizes and vram_sizes else 0):
+        more = with_ram(one, ram_sizes[min(step, len(ram_sizes) - 1)])
+        yield more.with_choice("max_vram_bytes", vram_sizes[min(step, len(vram_sizes) - 1)])
 
 
 def _whole_mib(selection: Selection) -> Selection:

@@ -25,7 +25,8 @@ DETECTED = "auto"
 class Change:
     """A job with something done differently.
 
-    ``words`` name the model on a command line; left empty, ``-m`` and its source.
+    ``words`` name the model on a command line; left empty, ``-m`` and its source. ``given`` are the references before
+    ``bound_px`` made them smaller.
     """
 
     model: ModelSpec
@@ -33,6 +34,8 @@ class Change:
     hardware: Hardware
     selection: Selection
     words: tuple[str, ...] = ()
+    given: tuple[tuple[int, int], ...] = ()
+    bound_px: int = 0
 
     def smaller(self, side: int) -> Change:
         tokens = (side // self.model.size_multiple) ** 2
@@ -40,10 +43,10 @@ class Change:
 
     def with_small_references(self, bound_px: int) -> Change:
         """Reference images of at most so many pixels squared; the picture's own size is kept."""
-        multiple = self.model.size_multiple
-        sizes = tuple(reduced(*size, multiple, bound_px) for size in self.workload.references)
-        tokens = sum(token_counts(sizes, multiple))
-        return replace(self, workload=replace(self.workload, references=sizes, reference_tokens=tokens))
+        multiple, given = self.model.size_multiple, self.given or self.workload.references
+        sizes = tuple(reduced(*size, multiple, bound_px) for size in given)
+        workload = replace(self.workload, references=sizes, reference_tokens=sum(token_counts(sizes, multiple)))
+        return replace(self, workload=workload, given=given, bound_px=bound_px)
 
     def with_ram(self, size_bytes: int) -> Change:
         hardware = with_ram_for(self.hardware, size_bytes)
@@ -111,8 +114,10 @@ class Change:
         ):
             if value != default:
                 words += [flag, str(value)]
-        for reference in work.references:
+        for reference in self.given or work.references:
             words += ["--image", "{}x{}".format(*reference)]
+        if self.bound_px:
+            words += ["--image-size", str(self.bound_px)]
         if work.guidance_passes != guidance_passes(self.model, defaults.guidance_scale):
             words += ["--guidance", "1" if work.guidance_passes == 1 else "4"]
         text = self.model.text_encoder

@@ -45,6 +45,9 @@ CASES = [
     (KLEIN_9B, "rtx-4090-24gb", "--max-vram 1GiB --num-images 3 --steps 9"),
     (KLEIN_4B, "rtx-3060-12gb", "--max-vram 900MiB -W 512 -H 768"),
     (KLEIN_BASE, "rtx-3060-12gb", "--max-vram 1GiB --guidance 1 --max-sequence-length 256 --prefer speed"),
+    (KLEIN_9B, "rtx-3050-8gb", "-W 432 -H 1168 --max-vram 614MiB --max-ram 1GiB --weight-format fp8"),  # both are short
+    # Made smaller, this picture is cropped to 9:1, which would be refused as it is.
+    (KLEIN_9B, "rtx-4060-ti-16gb", "-W 1632 -H 1920 --max-vram 1280MiB --max-ram 3GiB --image 112x896"),
     (KLEIN_4B, "cpu", "--max-ram 900MiB"),
     (DEV, "cpu", "--max-ram 600MiB --dtype fp32"),
     (DEV, "rtx-3060-12gb", "--max-vram 2GiB --image 1024x1024 --image 640x480 --step-cache taylor:interval=2"),
