@@ -26,6 +26,22 @@ from lowmem_flux2.runtime.rawfile import PIECE_BYTES, RawFile
 _CHECKSUMS = "crc32"
 
 
+class BlockDamaged(CheckpointBroken):
+    """A block's file holds other bytes than were written."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(f"{what}; {repair(path.parent)}")
+        self._path, self._what = path, what
+
+    def set_aside(self) -> CheckpointBroken:
+        """Remove the block, so that the next run makes it again: what to tell the user. As it was where it may not."""
+        try:
+            self._path.unlink()
+        except OSError:
+            return self
+        return CheckpointBroken(f"{self._what}; it is removed: run again, and it is prepared anew")
+
+
 def block_path(folder: Path, index: int) -> Path:
     return folder / f"block-{index:03d}.bin"
 
@@ -48,7 +64,7 @@ class StoredBlock:
 
         def check(start: int, piece: memoryview) -> None:
             if zlib.crc32(piece) != self.checksums[start // PIECE_BYTES]:
-                raise CheckpointBroken(self._damage(start, len(piece)))
+                raise BlockDamaged(self.path, self._damage(start, len(piece)))
 
         with closing(RawFile(self.path)) as file:
             if self.is_verified:
@@ -67,10 +83,7 @@ class StoredBlock:
             if place.offset < stop and start < end
         ]
         tensors = f", in {' and '.join(dict.fromkeys((hit[0], hit[-1])))}" if hit else ""
-        return (
-            f"{self.path} is damaged: bytes {start} to {stop} are not those that were written{tensors}; "
-            f"{repair(self.path.parent)}"
-        )
+        return f"{self.path} is damaged: bytes {start} to {stop} are not those that were written{tensors}"
 
 
 def write_block(folder: Path, index: int, span: torch.Tensor) -> None:

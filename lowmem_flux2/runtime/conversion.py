@@ -75,7 +75,11 @@ class Conversion:
 
     def missing(self, folder: Path) -> list[int]:
         """Blocks that are still to be made."""
-        return [index for index in range(len(self.layouts)) if not block_path(folder, index).exists()]
+        return [
+            index
+            for index, layout in enumerate(self.layouts)
+            if not (path := block_path(folder, index)).exists() or path.stat().st_size != layout.total_bytes
+        ]
 
     def bytes_missing(self, folder: Path) -> int:
         return sum(self.layouts[index].total_bytes for index in self.missing(folder))

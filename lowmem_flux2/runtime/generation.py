@@ -19,6 +19,7 @@ from lowmem_flux2.planning.plan import Plan, Stage
 from lowmem_flux2.planning.sources import ModelSource
 from lowmem_flux2.planning.workload import Request
 from lowmem_flux2.report import Report
+from lowmem_flux2.runtime.blockfile import BlockDamaged
 from lowmem_flux2.runtime.device import torch_device
 from lowmem_flux2.runtime.download import with_whole_text_encoder
 from lowmem_flux2.runtime.executor import Executor
@@ -171,6 +172,8 @@ def carry_out(job: GenerationJob, source: ModelSource, running: Running, observe
             sigmas = None if inputs.sigmas is None else tuple(inputs.sigmas)
             arguments = (source, job.request, executor.plan, images, executor.under_way, sigmas)
             raise Interrupted(str(error), interrupted_run(*arguments)) from error
+        if isinstance(error, BlockDamaged) and running.may_prepare:
+            raise error.set_aside() from error
         raise
     report = Report(
         executor.plan,

@@ -25,6 +25,7 @@ from lowmem_flux2.runtime.store import (
     LIBRARIES,
     SCHEMA,
     Entry,
+    EntryDamaged,
     Manifest,
     PreparedStore,
     entry_of,
@@ -51,19 +52,25 @@ def prepare(
     on_block: Callable[[], None] = lambda: None,
     on_event: Callable[[str], None] = lambda text: None,
 ) -> PreparedStore:
-    """Quantize a component block by block into the store, or return the entry that is there.
+    """Quantize a component block by block into the store, or return the entry that is there; of a damaged one, what is
+    whole is kept.
 
     Args:
         on_start: told how many blocks are to be made.
         on_block: told that one is in the store.
-        on_event: told, in a sentence, that another process is at it already and is waited for.
+        on_event: told, in a sentence, that another process is at it already and is waited for, or of damage.
 
     Raises:
         DoesNotFit: the disk is too small, before the first byte, or filled up meanwhile.
         UsageError: the cache cannot be written.
         CheckpointBroken: the source cannot be read, is not what its config implies, or changed meanwhile.
     """
-    found = find(folder, component, weight_format, dtype, cache)  # writes nothing: the cache may be read-only
+    damaged: Path | None = None
+    try:
+        found = find(folder, component, weight_format, dtype, cache)  # writes nothing: the cache may be read-only
+    except EntryDamaged as damage:
+        found, damaged = None, damage.folder
+        on_event(f"{damage.what}: prepared anew")
     if found is not None:
         return found
     source = folder / files_of(component)
@@ -76,6 +83,8 @@ def prepare(
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with locked(final, on_wait=lambda: on_event(waiting)):
+            if damaged == final:
+                _reopen(final, partial)
             if final.exists():
                 return PreparedStore.open(final)
             _remove_stale(entry, folder, final.parent)
@@ -92,6 +101,16 @@ def prepare(
     except OSError as error:  # of the cache alone: reading the source raises CheckpointBroken
         raise _refusal(error, cache, partial, job.bytes_missing(partial) if job else 0) from error
     return PreparedStore.open(final)
+
+
+def _reopen(final: Path, partial: Path) -> None:
+    """Make a damaged entry an unfinished one, unless another process has mended it meanwhile."""
+    with suppress(EntryDamaged, FileNotFoundError):
+        PreparedStore.open(final)
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    final.rename(partial)
+    (partial / MANIFEST).unlink(missing_ok=True)
 
 
 class _SourceChanged(CheckpointBroken):

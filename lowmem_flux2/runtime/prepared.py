@@ -13,7 +13,7 @@ from lowmem_flux2.planning.support import SUPPORTED, Support
 from lowmem_flux2.runtime.observer import Observer
 from lowmem_flux2.runtime.prepare import prepare
 from lowmem_flux2.runtime.running import Running
-from lowmem_flux2.runtime.store import PreparedStore, find
+from lowmem_flux2.runtime.store import EntryDamaged, PreparedStore, find
 
 
 def prepared_stores(plan: Plan, source: ModelSource, running: Running, observer: Observer) -> dict[str, PreparedStore]:
@@ -46,7 +46,12 @@ def at_hand(stage: StagePlan, source: ModelSource, running: Running) -> Support:
 def _store(stage: StagePlan, source: ModelSource, running: Running, observer: Observer) -> PreparedStore:
     assert source.folder is not None
     asked = (prepared_as(stage, source.spec), stage.weight_format, stage.compute_dtype)
-    found = find(source.folder, *asked, running.cache)
+    try:
+        found = find(source.folder, *asked, running.cache)
+    except EntryDamaged:
+        if not running.may_prepare:
+            raise
+        found = None
     if found is not None:
         return found
     if not running.may_prepare:

@@ -41,6 +41,18 @@ SAMPLES, SAMPLE_BYTES = 16, 4096
 """Pieces of each source file that go into the fingerprint, first and last included."""
 
 
+class EntryDamaged(CheckpointBroken):
+    """An entry's manifest, or a block's file, is gone or not what was written.
+
+    Attributes:
+        folder: the entry's.
+    """
+
+    def __init__(self, folder: Path, what: str) -> None:
+        super().__init__(f"{what}; {repair(folder)}")
+        self.folder, self.what = folder, what
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """What an entry holds; its name in the cache is made of these. The weight format is the stored one.
@@ -146,7 +158,7 @@ class Manifest:
         """Of a finished entry.
 
         Raises:
-            CheckpointBroken: missing, unreadable, or not what was written.
+            EntryDamaged: missing, unreadable, or not what was written.
         """
         try:
             raw: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -155,7 +167,7 @@ class Manifest:
             blocks, checksums = tuple(raw.pop("block_bytes")), tuple(tuple(each) for each in raw.pop("checksums"))
             return cls(**raw, block_bytes=blocks, checksums=checksums)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointBroken(f"{folder / MANIFEST} is damaged ({error}); {repair(folder)}") from error
+            raise EntryDamaged(folder, f"{folder / MANIFEST} is damaged ({error})") from error
 
 
 def _checksum(raw: dict[str, Any]) -> int:
@@ -174,14 +186,14 @@ class PreparedStore:
         """Read the manifest and check that every block's file is there and whole in size.
 
         Raises:
-            CheckpointBroken: names what is missing or of another size.
+            EntryDamaged: names what is missing or of another size.
         """
         manifest = Manifest.read(folder)
         for index, size in enumerate(manifest.block_bytes):
             path = block_path(folder, index)
             found = path.stat().st_size if path.exists() else None
             if found != size:
-                raise CheckpointBroken(f"{path} has {found or 'no'} bytes, {size} were written; {repair(folder)}")
+                raise EntryDamaged(folder, f"{path} has {found or 'no'} bytes, {size} were written")
         return cls(folder, manifest)
 
     @property
@@ -224,7 +236,11 @@ class PreparedStore:
 
 def find(folder: Path, component: str, weight_format: str, dtype: str, cache: Path) -> PreparedStore | None:
     """The finished entry for a component as its files are now, or None. That of the whole text encoder serves for the
-    layers that encoding takes."""
+    layers that encoding takes.
+
+    Raises:
+        EntryDamaged: it is there, but not whole.
+    """
     for name in (component, WHOLE_TEXT_ENCODER) if component == "text_encoder" else (component,):
         final = entry_folder(cache, entry_of(folder, name, weight_format, dtype).name)
         if final.exists():

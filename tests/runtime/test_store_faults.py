@@ -249,7 +249,7 @@ def flip(path: Path, bit: int) -> None:
 
 @pytest.mark.parametrize("placement", ["resident", "pageable", "disk"])
 def test_a_flipped_bit_is_named_when_a_run_loads_it(tiny_klein: Path, tmp_path: Path, placement: str) -> None:
-    latents(tiny_klein, tmp_path, "int8")
+    made = latents(tiny_klein, tmp_path, "int8")
     entry = found(tiny_klein, tmp_path)
     assert entry is not None
     draw = random.Random(placement)
@@ -257,11 +257,34 @@ def test_a_flipped_bit_is_named_when_a_run_loads_it(tiny_klein: Path, tmp_path: 
         bit = {0: 0, 1: 8 * size - 1}.get(index, draw.randrange(8 * size))  # the first, the last, and any
         path = block_path(entry.folder, index)
         flip(path, bit)
-        message = rf"block-{index:03d}\.bin is damaged: bytes 0 to {size} .*prepare --remove {entry.folder.name} "
-        with pytest.raises(CheckpointBroken, match=message):
+        message = rf"block-{index:03d}\.bin is damaged: bytes 0 to {size} "
+        with pytest.raises(CheckpointBroken, match=f"{message}.*prepare --remove {entry.folder.name} "):
+            latents(tiny_klein, tmp_path, "int8", placement, may_prepare=False)
+        with pytest.raises(CheckpointBroken, match=f"{message}.*is removed: run again, and it is prepared anew"):
             latents(tiny_klein, tmp_path, "int8", placement)
-        flip(path, bit)
-    assert torch.isfinite(latents(tiny_klein, tmp_path, "int8", placement)).all()
+        assert torch.equal(latents(tiny_klein, tmp_path, "int8", placement), made)
+
+
+@pytest.mark.parametrize("fault", ["manifest", "gone", "cut"])
+def test_a_damaged_entry_is_made_whole_again(tiny_klein: Path, tmp_path: Path, fault: str) -> None:
+    made = latents(tiny_klein, tmp_path, "int8")
+    entry = found(tiny_klein, tmp_path)
+    assert entry is not None
+    first, last = (block_path(entry.folder, index) for index in (0, len(entry.manifest.block_bytes) - 1))
+    kept = first.stat().st_ino
+    if fault == "manifest":
+        flip(entry.folder / "manifest.json", 800)
+    elif fault == "gone":
+        last.unlink()
+    else:
+        os.truncate(last, 4096)
+    with pytest.raises(CheckpointBroken, match=f"prepare --remove {entry.folder.name} "):
+        latents(tiny_klein, tmp_path, "int8", may_prepare=False)
+    events: list[str] = []
+    assert prepared(tiny_klein, tmp_path, on_event=events.append) == entry
+    assert len(events) == 1 and events[0].endswith(": prepared anew")
+    assert first.stat().st_ino == kept  # what is whole is not made again
+    assert torch.equal(latents(tiny_klein, tmp_path, "int8", may_prepare=False), made)
 
 
 def test_damage_is_narrowed_down_to_a_piece_and_its_tensors(
