@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning.cost import stage_cost
@@ -14,9 +14,9 @@ from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.objective import time_then_effort, time_then_effort_of
 from lowmem_flux2.planning.plan import ONE_BY_ONE, Limits, Placement, Stage, StagePlan
-from lowmem_flux2.planning.residency import Variant
+from lowmem_flux2.planning.residency import Least, TieredBlocks, Variant
 from lowmem_flux2.planning.search import Search, cuts
-from lowmem_flux2.planning.selection import Selection, compute_dtype, runs_on
+from lowmem_flux2.planning.selection import Selection, StreamFrom, compute_dtype, runs_on
 from lowmem_flux2.planning.stage_work import stage_work
 from lowmem_flux2.planning.step_caches import AUTO, OFF, automatic, step_cache_text
 from lowmem_flux2.planning.support import Support
@@ -29,23 +29,14 @@ Family = tuple[Variant, ...]
 """Variants that differ in their chunks alone, the largest chunks first."""
 
 
-class Least(NamedTuple):
-    """The least that a variant with so many residents needs, in bytes; ``pinned`` is the part of RAM that must be."""
-
-    vram: int
-    ram: int
-    pinned: int
-
-    def beyond(self, limits: Limits) -> tuple[int, int, int]:
-        """What is short of VRAM, of RAM and of pinnable RAM."""
-        return (
-            max(self.vram - limits.vram_bytes, 0),
-            max(self.ram - limits.ram_bytes, 0),
-            max(self.pinned - limits.pinnable_bytes, 0),
-        )
-
-    def fits(self, limits: Limits) -> bool:
-        return self.vram <= limits.vram_bytes and self.ram <= limits.ram_bytes and self.pinned <= limits.pinnable_bytes
+def _least(blocks: TieredBlocks, placement: StreamFrom) -> Iterator[Least]:
+    for slots, others, numbers in cuts(blocks, placement):
+        if slots > 1 or (slots and others == "ram" and placement == "auto"):
+            continue  # one slot needs least; its ring is never larger than the blocks that need not rest in RAM
+        for resident in numbers:
+            end = blocks.total if others == "ram" else resident
+            pinned = end if placement == "pinned" else resident
+            yield Least(blocks.vram(resident, slots), *blocks.ram_and_pinned(resident, pinned, end, slots))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,16 +116,11 @@ class Job:
             for candidate in self.tilings(stage):
                 yield Least(candidate.cost.peak_vram_bytes, candidate.cost.peak_ram_bytes, 0)
             return
-        placement = self.selection.placement
         for variant in (variant for family in families or self.families(stage) for variant in family):
-            blocks = variant.blocks
-            for slots, others, numbers in cuts(blocks, placement):
-                if slots > 1 or (slots and others == "ram" and placement == "auto"):
-                    continue  # one slot needs least; its ring is never larger than the blocks that need not rest in RAM
-                for resident in numbers:
-                    end = blocks.total if others == "ram" else resident
-                    pinned = end if placement == "pinned" else resident
-                    yield Least(blocks.vram(resident, slots), *blocks.ram_and_pinned(resident, pinned, end, slots))
+            placement = self.selection.placement
+            if placement not in variant.needs:  # asked for some times in a plan
+                variant.needs[placement] = list(_least(variant.blocks, placement))
+            yield from variant.needs[placement]
 
     def _variant(self, bare: StagePlan) -> Variant:
         return Variant(bare, stage_work(bare, self.model, self.workload, self.hardware), self.hardware)

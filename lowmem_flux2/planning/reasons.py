@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from lowmem_flux2.planning.candidates import Job, Least, fits
+from lowmem_flux2.planning.candidates import Job, fits
 from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.plan import ONE_BY_ONE, Limits, Placement, StagePlan
+from lowmem_flux2.planning.residency import Least
 from lowmem_flux2.planning.stage_work import stage_work
 from lowmem_flux2.planning.step_caches import AUTO, FirstBlock, automatic, fidelity_of_cache, parse_step_cache
 from lowmem_flux2.planning.waits import steady_round

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 from lowmem_flux2.planning.cost import device_room_bytes, device_total_bytes, host_bytes
 from lowmem_flux2.planning.hardware import Hardware
@@ -60,6 +61,25 @@ def _apart(one: float, other: float, around: float) -> float:
     return min(abs(one - other), around - abs(one - other))
 
 
+class Least(NamedTuple):
+    """The least that a variant with so many residents needs, in bytes; ``pinned`` is the part of RAM that must be."""
+
+    vram: int
+    ram: int
+    pinned: int
+
+    def beyond(self, limits: Limits) -> tuple[int, int, int]:
+        """What is short of VRAM, of RAM and of pinnable RAM."""
+        return (
+            max(self.vram - limits.vram_bytes, 0),
+            max(self.ram - limits.ram_bytes, 0),
+            max(self.pinned - limits.pinnable_bytes, 0),
+        )
+
+    def fits(self, limits: Limits) -> bool:
+        return self.vram <= limits.vram_bytes and self.ram <= limits.ram_bytes and self.pinned <= limits.pinnable_bytes
+
+
 @dataclass(frozen=True)
 class Variant:
     """A stage but for slots and placements, and what it works on."""
@@ -67,6 +87,11 @@ class Variant:
     bare: StagePlan
     work: StageWork
     hardware: Hardware
+
+    @cached_property
+    def needs(self) -> dict[str, list[Least]]:
+        """What ``Job.least`` found, by ``Selection.placement``."""
+        return {}
 
     @cached_property
     def blocks(self) -> TieredBlocks:

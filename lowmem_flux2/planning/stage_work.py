@@ -6,6 +6,7 @@ No torch, no policy. ``cost`` adds the placements and prices it all.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TypedDict
 
 from lowmem_flux2.planning.activations import (
@@ -285,15 +286,22 @@ def _encode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
     expand_s = len(sizes) * expand_seconds(hardware, fmt, dtype_bytes, dims.layer.linear_weights)
     layer_ns = nanoseconds((batches_s + expand_s) / max(len(passes), 1), 1)
     embedding = length * dims.joint_dim * dtype_bytes
-    # The tapped states of a pass come to the host first, then a batch's are laid side by side. On a CPU they are there,
-    # and the last tapped is still the batch's hidden state when the stage peaks; normed, it is another tensor.
-    beside = float(max(sizes, default=0))
+    live = [
+        encode_activation_bytes(model, workload, each, dtype_bytes, fmt) for each in passes or [(stage.batch_size,)]
+    ]
+    # The tapped states of a pass come to the host first, then a batch's are laid side by side.
+    made = float((sum(sizes) + max(sizes, default=0)) * embedding)
     # In the end a pass's rows are joined, and where a prompt has several images repeated, one pass after the other.
     joined = workload.guidance_passes * workload.num_images
     joined += workload.num_prompts if workload.num_images > workload.num_prompts else 0
     if hardware.device == "cpu":
+        # There they lie in the memory of the activations, and the last tapped is still the batch's hidden state when a
+        # pass peaks; normed, it is another tensor.
         is_normed = dims.num_layers == dims.layers_used
-        beside = -(max(passes[-1]) if is_normed else sum(passes[-1])) / len(dims.out_layers) if passes else 0
+        shared = [(max(each) if is_normed else sum(each)) / len(dims.out_layers) for each in passes]
+        there = accumulate(map(sum, passes))
+        peaks = [at + (count - less) * embedding for at, count, less in zip(live, there, shared, strict=False)]
+        made = max(peaks, default=0) - max(live)
     return StageWork(
         block_bytes=tuple(block_sizes(stage, model)),
         compute_ns=(layer_ns,) * dims.layers_used,
@@ -302,12 +310,9 @@ def _encode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
         **before_weights(hardware),
         rounds=len(passes),
         kept_bytes=0,  # the embedding stays in its file: only the prompts' rows are read
-        activation_bytes=max(
-            encode_activation_bytes(model, workload, batches, dtype_bytes, fmt)
-            for batches in set(passes) or {(stage.batch_size,)}
-        ),
+        activation_bytes=max(live),
         passing_bytes=(sum(sizes) + joined) * embedding,  # no block left
-        result_bytes=round((sum(sizes) + beside) * embedding),
+        result_bytes=round(made),
         block_file_bytes=block_file_bytes(stage, model, dims.blocks),
         file_form=file_form(stage, model),
         other_file_bytes=text_file_bytes(model, sum(sizes) * length),
