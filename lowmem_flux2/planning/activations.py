@@ -12,11 +12,11 @@ integers expands nothing; beside its output it holds the pieces it is at (``Weig
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lowmem_flux2.planning.adapters import once_bytes, product_bytes
-from lowmem_flux2.planning.chunks import largest_chunk
+from lowmem_flux2.planning.chunks import chunk_bounds, largest_chunk
 from lowmem_flux2.planning.formats import WeightFormat
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.reference_keys import BLENDED_WIDTHS, kept_keys_bytes
@@ -63,45 +63,70 @@ def denoise_activation_bytes(
     Args:
         chunk: tokens of a chunk; 0 for whole sequences.
     """
-    dims = model.transformer
-    expansion = Expansion.of(fmt, dtype_bytes)
-    sizes = _BlockSizes(
-        hidden=dims.hidden_size,
-        mlp=dims.mlp_size,
-        dtype_bytes=dtype_bytes,
-        joint=batch * workload.sequence_tokens,
-        image=batch * (workload.image_tokens + workload.reference_tokens),
-        text=batch * workload.text_tokens,
-    )
+    dims, expansion = model.transformer, Expansion.of(fmt, dtype_bytes)
+    kept, h = kept_keys_bytes(model, workload, batch, dtype_bytes), dims.hidden_size
+    sizes = _BlockSizes(h, dims.mlp_size, dims.num_heads, dtype_bytes, batch * workload.sequence_tokens)
+    keys = _Keys(kept, kept * (len(dims.blocks) - 1) // len(dims.blocks)) if kept else _Keys()
+    blended = replace(keys, widths=BLENDED_WIDTHS) if kept else keys
     at_once = sizes.joint
     if chunk:
-        at_once, image, text = (
-            batch * largest_chunk(tokens // batch, chunk) for tokens in (sizes.joint, sizes.image, sizes.text)
-        )
-        row_sums = FP32_BYTES * dims.num_heads * sizes.joint
-        peak = _chunked_block_bytes(sizes, at_once, max(image, text), row_sums, expansion)
+        longest, stream = _longest_chunks(workload, workload.sequence_tokens, batch, chunk)
+        at_once, peak = longest, _chunked_block_bytes(sizes, longest, stream, expansion, keys)
+        if kept:
+            mixed = batch * _longest_mixed_chunk(workload, chunk)
+            later = sizes._replace(joint=batch * workload.step_tokens)
+            theirs = 2 * h * batch * workload.reference_tokens * dtype_bytes  # keys and values in a later step's own
+            chunks = _longest_chunks(workload, workload.step_tokens, batch, chunk)
+            peak = max(
+                peak,
+                _chunked_block_bytes(sizes, mixed, mixed, expansion, blended),
+                _chunked_block_bytes(later, *chunks, expansion, _Keys(kept, kept)) + theirs,
+            )
     else:
-        peak = _block_bytes(sizes, expansion)
-    if workload.caches_references:  # that of the first step, in the last blocks
-        peak += BLENDED_WIDTHS * dims.hidden_size * at_once * dtype_bytes
-        peak += kept_keys_bytes(model, workload, batch, dtype_bytes)
+        peak = _block_bytes(sizes, expansion, blended)
     # Beside a LoRA's Linear's output; small, so it counts at every moment.
     peak += product_bytes(workload.adapters, at_once, dtype_bytes)
     return round(peak) + _kept_bytes(model, workload, batch, dtype_bytes)
 
 
+def _longest_chunks(workload: Workload, tokens: int, batch: int, chunk: int) -> tuple[int, int]:
+    """Of so many tokens of an image: of the joint sequence, and of the longer stream's; over the batch."""
+    text = workload.text_tokens
+    stream = max(largest_chunk(tokens - text, chunk), largest_chunk(text, chunk))
+    return batch * largest_chunk(tokens, chunk), batch * stream
+
+
+def _longest_mixed_chunk(workload: Workload, chunk: int) -> int:
+    """Tokens of the longest chunk that holds references and others; 0 where none does."""
+    first, last = workload.text_tokens, workload.text_tokens + workload.reference_tokens
+    bounds = chunk_bounds(workload.sequence_tokens, chunk)
+    mixed = [stop - start for start, stop in bounds if start < first < stop or start < last < stop]
+    return max(mixed, default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    """Keys and values of references that the last block's attention meets, and those that it finds, in bytes.
+
+    ``widths``: hidden sizes that a token has of modulations of its own (``BLENDED_WIDTHS``).
+    """
+
+    met: int = 0
+    found: int = 0
+    widths: int = 0
+
+
 class _BlockSizes(NamedTuple):
-    """h, m, bytes of the compute dtype, and tokens of the joint sequence and of each stream, over the batch."""
+    """h, m, heads, bytes of the compute dtype, and tokens of the joint sequence, over the batch."""
 
     hidden: int
     mlp: int
+    heads: int
     dtype_bytes: int
     joint: int
-    image: int
-    text: int
 
 
-def _block_bytes(sizes: _BlockSizes, expansion: Expansion) -> float:
+def _block_bytes(sizes: _BlockSizes, expansion: Expansion, keys: _Keys) -> float:
     """Whole sequences. With S tokens, a single-stream block (Flux2ParallelSelfAttnProcessor) holds its input and the
     modulated norm, 2h S, and then
 
@@ -111,22 +136,25 @@ def _block_bytes(sizes: _BlockSizes, expansion: Expansion) -> float:
     - concatenates: the rotated query and key 2h S, the attention's result h S, the gated MLP m S and both side by side,
       (h + m) S, of which the output projection, with h (h + m) weights, makes h S again, the first two being gone.
 
-    The last is the largest, (9h + 4m) S, where weights are not expanded. A double-stream block stays below.
+    The last is the largest, (9h + 4m) S, where weights are not expanded. A double-stream block stays below. Where keys
+    of references are kept (Flux2KVParallelSelfAttnProcessor), attention's result lives until the end, h S.
     """
     h, m = sizes.hidden, sizes.mlp
     row = sizes.joint * sizes.dtype_bytes
     fp32 = (3 if sizes.dtype_bytes < FP32_BYTES else 2) * FP32_BYTES
-    return max(
+    result = h * row if keys.met else 0
+    before = max(
         expansion.linear_bytes(2 * h * row, 3 * h + 2 * m, h, sizes.joint, (3 * h + 2 * m) * row),
         (8 * h + 2 * m) * row + h * sizes.joint * fp32,
-        (9 * h + 4 * m) * row,
-        expansion.linear_bytes((8 * h + 4 * m) * row, h, h + m, sizes.joint, h * row),
     )
+    after = max(
+        (9 * h + 4 * m) * row,
+        expansion.linear_bytes((8 * h + 4 * m) * row + result, h, h + m, sizes.joint, h * row),
+    )
+    return keys.widths * h * row + max(keys.found + before, keys.met + after)
 
 
-def _chunked_block_bytes(
-    sizes: _BlockSizes, chunk: int, stream_chunk: int, row_sums: int, expansion: Expansion
-) -> float:
+def _chunked_block_bytes(sizes: _BlockSizes, chunk: int, stream_chunk: int, expansion: Expansion, keys: _Keys) -> float:
     """Chunks, as ``runtime.chunking`` works them off: S joint tokens, C of their largest chunk, D of a stream's.
 
     A single-stream block fills query, key, value and the gated MLP beside its input, (4h + m) S. Of a chunk
@@ -140,19 +168,23 @@ def _chunked_block_bytes(
 
     A double-stream block is larger only where nearly all tokens are of one stream that is one chunk: inputs and
     attention's result 2h S; of a chunk the stream's sum and its norm 2h D, and 4m D in the MLP, of 2h m weights.
+
+    A chunk with references that are kept among others has modulations of its own, in a double-stream block of two sets.
     """
     h, m, b = sizes.hidden, sizes.mlp, sizes.dtype_bytes
     turning = 2 * b + 3 * FP32_BYTES if b < FP32_BYTES else 5 * FP32_BYTES
-    projected = (3 * h + 2 * m) * chunk * b
+    projected, row_sums = (3 * h + 2 * m) * chunk * b, FP32_BYTES * sizes.heads * sizes.joint
     filled = (4 * h + m) * sizes.joint * b
-    stream = 2 * h * (sizes.joint + stream_chunk) * b
-    return max(
-        expansion.linear_bytes(filled + h * chunk * b, 3 * h + 2 * m, h, chunk, projected),
-        filled + projected + max(turning * h, 2 * m * b) * chunk,
-        filled + h * sizes.joint * b + row_sums,
+    blended = keys.widths * h * b
+    filling = filled + blended * chunk
+    stream = 2 * h * (sizes.joint + stream_chunk) * b + 2 * blended * stream_chunk
+    before = max(
+        expansion.linear_bytes(filling + h * chunk * b, 3 * h + 2 * m, h, chunk, projected),
+        filling + projected + max(turning * h, 2 * m * b) * chunk,
         expansion.linear_bytes(stream, 2 * m, h, stream_chunk, 2 * m * stream_chunk * b),
         stream + 4 * m * stream_chunk * b,
     )
+    return max(keys.found + before, keys.met + filled + h * sizes.joint * b + row_sums)
 
 
 def _kept_bytes(model: ModelSpec, workload: Workload, batch: int, dtype_bytes: int) -> int:

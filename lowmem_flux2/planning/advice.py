@@ -49,10 +49,11 @@ def closest_fits(
     """
     found: list[str] = []
     later: list[str] = []
-    seen, kinds = set(), set()
+    seen, kinds = set(), set[tuple[int, frozenset[str]]]()
     asked = Change(model, workload, hardware, _whole_mib(selection), words)
     for change in _changes(asked, profile, most):
-        if (kind := change.kind(asked)) in kinds:
+        kind = change.kind(asked)
+        if any(weights == kind[0] and fields <= kind[1] for weights, fields in kinds):  # less of it is enough
             continue
         with suppress(DoesNotFit, UsageError):
             plan = change.plan(profile, support)

@@ -74,6 +74,7 @@ class Change:
             text_tokens=defaults.max_sequence_length,
             guidance_passes=guidance_passes(model, defaults.guidance_scale),
             adapters=(),
+            caches_references=model.caches_references and bool(self.workload.references),
             upsample_temperature=self.workload.upsample_temperature if model.form == "dev" else None,
         )
         return replace(self, model=model, workload=workload, words=())

@@ -42,7 +42,7 @@ from lowmem_flux2.planning.flops import (
     layer_flops,
     low_rank_flops,
 )
-from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS, GGUF, MIXED
+from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS, GGUF, MIXED, WeightFormat
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.mixed import mixed_blocks
 from lowmem_flux2.planning.models import BlockSpec, ModelSpec, TransformerSpec
@@ -222,7 +222,7 @@ def _upsample_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardw
 
     What sees reference images is loaded, run and dropped before any layer is there.
     """
-    fmt, dims, prompts = FORMATS[stage.weight_format], model.text_encoder, stage.batch_size
+    fmt, dims, prompts = _of_layers(stage), model.text_encoder, stage.batch_size
     dtype_bytes, padded = DTYPE_BYTES[stage.compute_dtype], replace(workload, text_tokens=PROMPT_TOKENS)
     weights = dims.layer.linear_weights
     expand_s = expand_seconds(hardware, fmt, dtype_bytes, weights)
@@ -273,8 +273,13 @@ def _upsample_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardw
     )
 
 
+def _of_layers(stage: StagePlan) -> WeightFormat:
+    """A text encoder's layers have 4 bits in nf4-mixed, all of them."""
+    return FORMATS["nf4" if stage.weight_format == MIXED else stage.weight_format]
+
+
 def _encode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardware: Hardware) -> StageWork:
-    fmt, dims = FORMATS[stage.weight_format], model.text_encoder
+    fmt, dims = _of_layers(stage), model.text_encoder
     dtype_bytes, length = DTYPE_BYTES[stage.compute_dtype], workload.text_tokens
     sizes = batch_sizes(workload, stage.batch_size)[stage.cached_batches :]
     most = batches_a_pass(dims, stage.batch_size, length, dtype_bytes)
