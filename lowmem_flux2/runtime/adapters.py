@@ -7,8 +7,8 @@ with a stage; a run without them is as if they had never been.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -66,6 +66,15 @@ class AttachedAdapters:
                     up[:, at:end] = rows.mul_(self._files[number].lora.scale * low_rank.factor)
                     at = end
                 self._handles.append(net.get_submodule(linear).register_forward_hook(_adding(down, up)))
+
+    @contextmanager
+    def attached(self, net: nn.Module, wanted: Callable[[str], bool]) -> Iterator[None]:
+        """Those of some Linears for a while, whatever else is attached."""
+        before = len(self._handles)
+        self.attach(net, wanted)
+        yield
+        while len(self._handles) > before:
+            self._handles.pop().remove()
 
     def detach(self) -> None:
         """Take all of them off; their memory is free after that."""

@@ -73,7 +73,8 @@ class Progress:
 
     Kept by the caller, so that another Denoiser goes on where one ran out of memory. What the step cache keeps of the
     batch under way is in ``reuse``, or as it was read from a file still in ``saved``; ``skipped`` are the steps of each
-    finished batch that it stood for.
+    finished batch that it stood for. ``embeds`` are the prompts' of the batch under way where a step's hook has put
+    others in their place.
     """
 
     finished: list[torch.Tensor] = field(default_factory=list)
@@ -82,6 +83,7 @@ class Progress:
     reuse: Reuse | None = None
     skipped: list[tuple[int, ...]] = field(default_factory=list)
     saved: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    embeds: torch.Tensor | None = None
 
     @property
     def kept(self) -> Mapping[str, torch.Tensor]:
@@ -184,11 +186,13 @@ class Denoiser:
         self._ropes.clear()
         for batch, texts in zip(left, texts_of, strict=True):
             steps = moments[len(latents[batch])]
-            after = None if hook is None else self._calling(hook, prompt_embeds[batch])
-            done = self._run(latents[batch], references, progress, timesteps, sigmas, steps, texts, after, on_step)
+            embeds = prompt_embeds[batch]
+            done = self._run(
+                latents[batch], references, progress, timesteps, sigmas, steps, texts, embeds, hook, on_step
+            )
             progress.finished.append(done)
             progress.skipped.append(tuple(sorted(progress.reuse.skipped)) if progress.reuse is not None else ())
-            progress.latents, progress.step, progress.reuse = None, 0, None
+            progress.latents, progress.step, progress.reuse, progress.embeds = None, 0, None, None
             on_batch(len(progress.finished) - 1, done)
         return torch.cat(progress.finished)
 
@@ -287,15 +291,15 @@ class Denoiser:
 
     # --------------------------------------------------------------------------------------------------- steps
 
-    def _calling(
-        self, hook: StepHook, prompt_embeds: torch.Tensor
-    ) -> Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]:
-        """(step, timestep, latents) -> the latents that the hook leaves, for a batch with these embeddings."""
-
-        def after(step: int, moment: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-            return hook(self, step, moment, {"latents": latents, "prompt_embeds": prompt_embeds})
-
-        return after
+    def _projected_anew(self, embeds: torch.Tensor) -> torch.Tensor:
+        """Between two steps, when no block's activations are there, its embedder is there for a moment."""
+        name = "context_embedder"
+        embedder = self._transformer.get_submodule(name)
+        load_module(embedder, f"{name}.", self._files, self._dtype, self._device)
+        with self._adapters.attached(self._transformer, lambda linear: linear == name):
+            text: torch.Tensor = embedder(embeds.to(self._device, self._dtype))
+        unbind(embedder)
+        return text
 
     def _rope(self, text: torch.Tensor, image_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of so many tokens; all images of a run are alike in their own and their references'."""
@@ -313,7 +317,8 @@ class Denoiser:
         sigmas: Sequence[float] | None,
         steps: Sequence[StepConditioning],
         texts: Sequence[torch.Tensor],
-        after: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None,
+        embeds: torch.Tensor,
+        hook: StepHook | None,
         on_step: Callable[[], None],
     ) -> torch.Tensor:
         """All steps of one batch; (B, channels, height, width) -> packed (B, tokens, channels), host."""
@@ -342,6 +347,9 @@ class Denoiser:
         streamer = self._streamer
         assert streamer is not None
         passes = [self._forward.start(text, self._rope(text, image_ids)) for text in texts]
+        if progress.embeds is not None:
+            embeds = progress.embeds
+            passes[0] = self._forward.start(self._projected_anew(embeds), passes[0].rope)
         self._timesteps(noise, sigmas)  # rewinds the scheduler
         self._scheduler.set_begin_index(progress.step)
         for index in range(progress.step, len(steps)):
@@ -355,10 +363,16 @@ class Denoiser:
             if not bool(torch.isfinite(advanced).all()):
                 was_skipped = index in kept.skipped
                 self._forward.explain_non_finite(streamer, index, tokens, passes, conditioning, was_skipped, keys)
-            latents, version = advanced, advanced._version  # counts writes
-            if after is not None:
-                latents = after(index, moment, advanced)
-                if latents is not advanced or advanced._version != version:
+            latents = advanced
+            if hook is not None:
+                given = {"latents": advanced, "prompt_embeds": embeds}
+                writes = advanced._version, embeds._version  # how often each was written
+                latents, left = hook(self, index, moment, given)
+                is_same_text = left is embeds and embeds._version == writes[1]
+                if not is_same_text:
+                    progress.embeds = embeds = left
+                    passes[0] = self._forward.start(self._projected_anew(embeds), passes[0].rope)
+                if latents is not advanced or advanced._version != writes[0] or not is_same_text:
                     kept.forget()
             progress.latents, progress.step = latents, index + 1
             on_step()

@@ -21,8 +21,8 @@ class StepHook:
     """A callback with the tensors that it asks for.
 
     Args:
-        tensor_inputs: of ``latents``, packed (images, tokens, channels), and ``prompt_embeds``. Only latents may be
-            replaced: text is projected once for all steps.
+        tensor_inputs: of ``latents``, packed (images, tokens, channels), and ``prompt_embeds``, (images, tokens,
+            joint_dim) on the host. Either may be replaced, or changed in place.
     """
 
     callback: StepCallback
@@ -37,16 +37,20 @@ class StepHook:
 
     def __call__(
         self, denoiser: object, step: int, timestep: torch.Tensor, tensors: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
-        """The latents to go on with.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The latents and the prompts' embeddings to go on with.
 
         Raises:
-            UsageError: it replaced something else.
+            UsageError: it replaced something else, or embeddings by some of another shape.
         """
         given = {name: tensors[name] for name in self.tensor_inputs}
         changed = dict(self.callback(denoiser, step, timestep, dict(given)) or {})
-        latents = changed.pop("latents", tensors["latents"])
-        others = [name for name, tensor in changed.items() if tensor is not given.get(name)]
-        if others:
-            raise UsageError(f"the step callback may change only 'latents', not {', '.join(others)}")
-        return latents
+        latents, embeds = (changed.pop(name, tensors[name]) for name in TENSOR_INPUTS)
+        if changed:
+            raise UsageError(
+                f"the step callback may change only {' and '.join(TENSOR_INPUTS)}, not {', '.join(changed)}"
+            )
+        shape, wanted = tuple(embeds.shape), tuple(tensors["prompt_embeds"].shape)
+        if shape != wanted:
+            raise UsageError(f"the step callback gave prompt_embeds of the shape {shape}, not {wanted}")
+        return latents, embeds

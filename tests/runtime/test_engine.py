@@ -182,8 +182,12 @@ def test_a_callback_may_return_nothing(engine: Engine) -> None:
 
 
 def test_a_callback_may_change_latents_only(engine: Engine) -> None:
-    with pytest.raises(UsageError, match="only 'latents', not prompt_embeds"):
-        engine.generate(PROMPT, **ASKED, seed=1, callback_on_step_end=lambda *_: {"prompt_embeds": torch.zeros(1)})
+    for changed, message in (
+        ({"prompt_embeds": torch.zeros(1)}, r"prompt_embeds of the shape \(1,\), not \(1, 64, 96\)"),
+        ({"noise_pred": torch.zeros(1)}, "only latents and prompt_embeds, not noise_pred"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            engine.generate(PROMPT, **ASKED, seed=1, callback_on_step_end=lambda *_, changed=changed: changed)
 
 
 # --- report ---------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from lowmem_flux2.cli import app
 from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning.plan import Placement, Plan, StagePlan
 from lowmem_flux2.runtime.encode import TextEncoder
+from lowmem_flux2.runtime.forward import Forward
 from lowmem_flux2.runtime.weights import CheckpointWeights
 
 Stock = Callable[[str, str], Any]
@@ -249,6 +250,38 @@ def test_a_callback_is_given_the_stock_ones_tensors_and_may_change_latents(
     assert torch.equal(made, expected)
     assert len(seen) == len(stock_seen) == 8
     assert all(torch.equal(one, other) for one, other in zip(seen, stock_seen, strict=True))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_callback_may_change_the_text(
+    form: str, in_place: bool, folders: dict[str, Path], stock: Stock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For all steps that follow, also those after one that runs out of memory; and of its own batch alone."""
+
+    def weaken(_: object, step: int, __: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if step == 1 and in_place:
+            tensors["prompt_embeds"].mul_(0.5)
+        elif step == 1:
+            tensors["prompt_embeds"] = tensors["prompt_embeds"] * 0.5
+        return tensors
+
+    asked = arguments(prompt=PROMPT, num_inference_steps=4, callback_on_step_end=weaken)
+    asked |= {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    expected = stock(form, "fp32")(**asked, generator=seeded(1)[0]).images
+    engine = Engine(str(folders[form]), dtype="fp32", batch_size=1)
+    assert torch.equal(engine.generate(**asked, generator=seeded(1)[0]).images, expected)
+    calls, predict = [], Forward.predict
+
+    def failing(*given: Any, **named: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return predict(*given, **named)
+
+    monkeypatch.setattr(Forward, "predict", failing)
+    made = engine.generate(**asked, generator=seeded(1)[0])
+    assert torch.equal(made.images, expected) and len(calls) == 5
 
 
 @pytest.mark.parametrize("form", FORMS)
