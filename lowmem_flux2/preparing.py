@@ -21,7 +21,15 @@ from lowmem_flux2.planning.preparation import SPARE_BYTES, Prepared
 from lowmem_flux2.planning.selection import Selection, check_selection, compute_dtype
 from lowmem_flux2.planning.sources import ModelSource
 from lowmem_flux2.planning.support import LIBRARY_OF, SUPPORTED
-from lowmem_flux2.runtime.cache import MANIFEST, PARTIAL, clear_prompts, entry_folder, locked, prompt_files
+from lowmem_flux2.runtime.cache import (
+    MANIFEST,
+    PARTIAL,
+    EntryDamaged,
+    clear_prompts,
+    entry_folder,
+    locked,
+    prompt_files,
+)
 from lowmem_flux2.units import format_bytes
 
 PROMPTS = "prompts"
@@ -110,13 +118,13 @@ def verify(cache: Path, out: Console) -> None:
     for folder in _entries(cache):
         try:
             found = list(PreparedStore.open(folder).verify())
-        except CheckpointBroken as error:
-            found = [str(error)]
+        except EntryDamaged as damage:
+            found = [damage.what]
         out.print(f"{folder.name}: {'damaged' if found else 'whole'}", soft_wrap=True)
         faults += found
     if faults:
         raise CheckpointBroken(
-            "\n".join([*faults, "remove the entry with --remove NAME; it is made again when needed"])
+            "\n".join([*faults, "the next run that needs it makes it anew; --remove NAME makes room at once"])
         )
 
 
@@ -186,7 +194,7 @@ def prepare_all(
                 cache,
                 on_start=lambda blocks: observer.stage_started("prepare", blocks),
                 on_block=observer.advanced,
+                on_end=lambda: observer.stage_finished("prepare"),
                 on_event=observer.event,
             )
-            observer.stage_finished("prepare")
             out.print(f"{store.folder}   {format_bytes(store.total_bytes)}", soft_wrap=True)

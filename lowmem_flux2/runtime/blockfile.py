@@ -19,27 +19,28 @@ import torch
 
 from lowmem_flux2.errors import CheckpointBroken
 from lowmem_flux2.report import write_atomically
-from lowmem_flux2.runtime.cache import repair
-from lowmem_flux2.runtime.layout import Layout
+from lowmem_flux2.runtime.cache import EntryDamaged
+from lowmem_flux2.runtime.layout import Layout, allocate
 from lowmem_flux2.runtime.rawfile import PIECE_BYTES, RawFile
 
 _CHECKSUMS = "crc32"
 
 
-class BlockDamaged(CheckpointBroken):
-    """A block's file holds other bytes than were written."""
+class BlockDamaged(EntryDamaged):
+    """A block's file cannot be read, or holds other bytes than were written."""
 
-    def __init__(self, path: Path, what: str) -> None:
-        super().__init__(f"{what}; {repair(path.parent)}")
-        self._path, self._what = path, what
+    def __init__(self, block: StoredBlock, what: str) -> None:
+        super().__init__(block.path.parent, what)
+        self._block = block
 
-    def set_aside(self) -> CheckpointBroken:
-        """Remove the block, so that the next run makes it again: what to tell the user. As it was where it may not."""
+    def set_aside(self) -> None:
+        """Remove the block, unless another process has made it again."""
+        self._block.is_verified = False
+        size_bytes = self._block.layout.total_bytes
         try:
-            self._path.unlink()
-        except OSError:
-            return self
-        return CheckpointBroken(f"{self._what}; it is removed: run again, and it is prepared anew")
+            self._block.read_into(allocate(size_bytes, torch.device("cpu")), direct=True)
+        except BlockDamaged:
+            self._block.path.unlink(missing_ok=True)
 
 
 def block_path(folder: Path, index: int) -> Path:
@@ -59,19 +60,24 @@ class StoredBlock:
         """Fill the block's span.
 
         Raises:
-            CheckpointBroken: unreadable, cut, or not the bytes that were written.
+            BlockDamaged: unreadable, cut, or not the bytes that were written.
         """
 
         def check(start: int, piece: memoryview) -> None:
             if zlib.crc32(piece) != self.checksums[start // PIECE_BYTES]:
-                raise BlockDamaged(self.path, self._damage(start, len(piece)))
+                raise BlockDamaged(self, self._damage(start, len(piece)))
 
-        with closing(RawFile(self.path)) as file:
-            if self.is_verified:
-                file.read_into(span, 0, direct)
-            else:
-                file.read_into(span, 0, direct, check)
-                self.is_verified = True
+        try:
+            with closing(RawFile(self.path)) as file:
+                if self.is_verified:
+                    file.read_into(span, 0, direct)
+                else:
+                    file.read_into(span, 0, direct, check)
+                    self.is_verified = True
+        except BlockDamaged:
+            raise
+        except CheckpointBroken as error:
+            raise BlockDamaged(self, str(error)) from error
 
     def _damage(self, start: int, length: int) -> str:
         """Which block, which bytes and which tensors."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from lowmem_flux2.errors import UsageError
+from lowmem_flux2.errors import CheckpointBroken, UsageError
 from lowmem_flux2.units import GIB, parse_bytes
 
 MANIFEST = "manifest.json"
@@ -77,12 +77,27 @@ def entry_folder(cache: Path, name: str) -> Path:
     return cache / "prepared" / name
 
 
-def repair(folder: Path) -> str:
-    """What to do about a damaged entry, in words that end with a command."""
-    return (
-        "remove the entry, and it is made again when it is next needed: lowmem-flux2 prepare "
-        f"--remove {folder.name} --cache-dir {shlex.quote(str(folder.parent.parent))}"
-    )
+class EntryDamaged(CheckpointBroken):
+    """An entry's manifest, or a block's file, is gone or not what was written.
+
+    Attributes:
+        folder: the entry's.
+        what: is wrong, without the remedy.
+    """
+
+    def __init__(self, folder: Path, what: str) -> None:
+        super().__init__(
+            f"{what}; remove the entry, and it is made again when it is next needed: lowmem-flux2 prepare "
+            f"--remove {folder.name} --cache-dir {shlex.quote(str(folder.parent.parent))}"
+        )
+        self.folder, self.what = folder, what
+
+    def set_aside(self) -> None:
+        """Remove what cannot be seen to be damaged without reading it, so that preparing the entry makes it again.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
 
 
 @contextmanager

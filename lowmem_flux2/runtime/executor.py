@@ -26,6 +26,7 @@ from lowmem_flux2.planning.step_caches import computed_blocks
 from lowmem_flux2.planning.upsampling import NEW_TOKENS
 from lowmem_flux2.planning.workload import Request
 from lowmem_flux2.report import StageMeasure
+from lowmem_flux2.runtime.cache import EntryDamaged
 from lowmem_flux2.runtime.decode import Decoder
 from lowmem_flux2.runtime.denoise import Denoiser, Progress, initial_latents
 from lowmem_flux2.runtime.device import (
@@ -43,6 +44,7 @@ from lowmem_flux2.runtime.interruption import Interruption
 from lowmem_flux2.runtime.observer import Observer
 from lowmem_flux2.runtime.recovery import (
     Begun,
+    Exhausted,
     begun_images,
     begun_prompts,
     last_rung,
@@ -82,7 +84,8 @@ class Executor:
     """One plan, one request, the folder with a model's configs and tokenizer, and where its weights come from.
 
     ``replan`` gives the plan with a stage's next lower peak of the memory that ran out, None on the last rung: the
-    ladder's only policy.
+    ladder's only policy. ``mend`` is told of a damaged entry that a stage came upon, which then begins again, going on
+    from what it has finished; it raises where that cannot be.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Executor:
         observer: Observer,
         weights: Weights,
         replan: Callable[[Plan, Stage, Resource], Plan | None],
+        mend: Callable[[StagePlan, EntryDamaged], None] | None = None,
     ) -> None:
         self._plan = plan
         self._model = model
@@ -102,6 +106,7 @@ class Executor:
         self._observer = observer
         self._weights = weights
         self._replan = replan
+        self._mend = mend
         self._outcome = Outcome()
         self._pictures: list[torch.Tensor] = []
         self._ram_before_bytes = host_use().anonymous_bytes
@@ -321,7 +326,7 @@ class Executor:
             RunError: out of memory on the last rung.
         """
         with self._measured(name, total) as loaded:
-            while (failure := out_of_memory(lambda: attempt(self._plan.stage(name), loaded))) is not None:
+            while (failure := self._failure(name, lambda: attempt(self._plan.stage(name), loaded))) is not None:
                 release_memory(self._device, after_failure=True)
                 lower = self._replan(self._plan, name, failure.resource)
                 if lower is None:
@@ -329,6 +334,19 @@ class Executor:
                 words = rung_words(self._plan.stage(name), lower.stage(name))
                 self._event(f"{name}: {failure.what} ({failure.details}); going on with {words}")
                 self._plan = with_format_change(self._plan, lower, name, begun())
+
+    def _failure(self, name: Stage, attempt: Callable[[], None]) -> Exhausted | None:
+        """Try it, again with each damaged entry of the store mended that it comes upon."""
+        while True:
+            try:
+                return out_of_memory(attempt)
+            except EntryDamaged as error:
+                if self._mend is None:
+                    raise
+                damage = error.with_traceback(None)  # which holds tensors
+                damage.__cause__ = damage.__context__ = None
+            release_memory(self._device, after_failure=True)
+            self._mend(self._plan.stage(name), damage)
 
     # ------------------------------------------------------------------------------------------------ measuring
 

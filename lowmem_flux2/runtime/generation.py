@@ -15,11 +15,11 @@ from lowmem_flux2.planning.adapter_file import read_adapter
 from lowmem_flux2.planning.detect import identify
 from lowmem_flux2.planning.ladder import Resource, next_format, next_rung
 from lowmem_flux2.planning.models import OUT_LAYERS
-from lowmem_flux2.planning.plan import Plan, Stage
+from lowmem_flux2.planning.plan import Plan, Stage, StagePlan
 from lowmem_flux2.planning.sources import ModelSource
 from lowmem_flux2.planning.workload import Request
 from lowmem_flux2.report import Report
-from lowmem_flux2.runtime.blockfile import BlockDamaged
+from lowmem_flux2.runtime.cache import EntryDamaged
 from lowmem_flux2.runtime.device import torch_device
 from lowmem_flux2.runtime.download import with_whole_text_encoder
 from lowmem_flux2.runtime.executor import Executor
@@ -30,7 +30,7 @@ from lowmem_flux2.runtime.interruption import Interruption
 from lowmem_flux2.runtime.latents_file import LatentImage, SavedLatents, check_latents, saved_latents
 from lowmem_flux2.runtime.observer import Observer
 from lowmem_flux2.runtime.pinning import Pinning
-from lowmem_flux2.runtime.prepared import at_hand, prepared_stores
+from lowmem_flux2.runtime.prepared import at_hand, prepared_store, prepared_stores
 from lowmem_flux2.runtime.prompt_cache import PromptCache, with_known_prompts
 from lowmem_flux2.runtime.running import Running
 from lowmem_flux2.runtime.versions import versions
@@ -135,7 +135,8 @@ def carry_out(job: GenerationJob, source: ModelSource, running: Running, observe
     for lora in () if job.resumed is not None else job.request.loras:
         if (left_out := read_adapter(lora, source.spec).warning) is not None:
             event(left_out)
-    stores = prepared_stores(plan, source, running, observer)
+    stores = prepared_stores(plan, source, running, observer, event)
+    mended: set[tuple[str, str]] = set()
     weights = CheckpointWeights(source.folder, stores, Pinning.of(plan))
     if job.resumed is not None:
         check_latents(job.resumed, source, weights, job.resumed_name)
@@ -145,8 +146,15 @@ def carry_out(job: GenerationJob, source: ModelSource, running: Running, observe
         if lower is None and stage != "decode" and running.allow_format_change:
             lower = next_format(current, stage, source.spec, at_hand(current.stage(stage), source, running), resource)
             if lower is not None:
-                stores.update(prepared_stores(lower, source, running, observer))
+                stores.update(prepared_stores(lower, source, running, observer, event))
         return lower
+
+    def mend(stage: StagePlan, damage: EntryDamaged) -> None:
+        fault = (stage.stage, damage.what)
+        if fault in mended:  # just made: whatever damages it would do so again
+            raise damage
+        mended.add(fault)
+        stores[stage.prepared_as] = prepared_store(stage, source, running, observer, event, damage)
 
     def saved(packed: torch.Tensor, carried_out: Plan) -> SavedLatents:
         return job.resumed or saved_latents(source, job.request, carried_out, images, packed, weights)
@@ -160,7 +168,7 @@ def carry_out(job: GenerationJob, source: ModelSource, running: Running, observe
 
     if job.save_latents is not None:
         inputs = replace(inputs, on_latents=save)
-    executor = Executor(plan, source.spec, source.folder, running.device, observer, weights, replan)
+    executor = Executor(plan, source.spec, source.folder, running.device, observer, weights, replan, mend)
     try:
         with _keeping_what_is_done(executor, inputs.interruption):
             outcome = executor.run(job.request, inputs)
@@ -172,8 +180,6 @@ def carry_out(job: GenerationJob, source: ModelSource, running: Running, observe
             sigmas = None if inputs.sigmas is None else tuple(inputs.sigmas)
             arguments = (source, job.request, executor.plan, images, executor.under_way, sigmas)
             raise Interrupted(str(error), interrupted_run(*arguments)) from error
-        if isinstance(error, BlockDamaged) and running.may_prepare:
-            raise error.set_aside() from error
         raise
     report = Report(
         executor.plan,

@@ -16,7 +16,7 @@ from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.preparation import SPARE_BYTES
 from lowmem_flux2.report import write_atomically
 from lowmem_flux2.runtime.blockfile import written_checksums
-from lowmem_flux2.runtime.cache import MANIFEST, PARTIAL, entry_folder, locked
+from lowmem_flux2.runtime.cache import MANIFEST, PARTIAL, EntryDamaged, entry_folder, locked
 from lowmem_flux2.runtime.checkpoint import TensorFile
 from lowmem_flux2.runtime.conversion import Conversion
 from lowmem_flux2.runtime.device import DTYPES
@@ -25,7 +25,6 @@ from lowmem_flux2.runtime.store import (
     LIBRARIES,
     SCHEMA,
     Entry,
-    EntryDamaged,
     Manifest,
     PreparedStore,
     entry_of,
@@ -50,7 +49,9 @@ def prepare(
     cache: Path,
     on_start: Callable[[int], None] = lambda blocks: None,
     on_block: Callable[[], None] = lambda: None,
+    on_end: Callable[[], None] = lambda: None,
     on_event: Callable[[str], None] = lambda text: None,
+    damage: EntryDamaged | None = None,
 ) -> PreparedStore:
     """Quantize a component block by block into the store, or return the entry that is there; of a damaged one, what is
     whole is kept.
@@ -58,18 +59,20 @@ def prepare(
     Args:
         on_start: told how many blocks are to be made.
         on_block: told that one is in the store.
+        on_end: told that all are; not called where there was nothing to make.
         on_event: told, in a sentence, that another process is at it already and is waited for, or of damage.
+        damage: was found in the entry while it was read.
 
     Raises:
         DoesNotFit: the disk is too small, before the first byte, or filled up meanwhile.
         UsageError: the cache cannot be written.
         CheckpointBroken: the source cannot be read, is not what its config implies, or changed meanwhile.
     """
-    damaged: Path | None = None
-    try:
-        found = find(folder, component, weight_format, dtype, cache)  # writes nothing: the cache may be read-only
-    except EntryDamaged as damage:
-        found, damaged = None, damage.folder
+    try:  # writes nothing: the cache may be read-only
+        found = find(folder, component, weight_format, dtype, cache) if damage is None else None
+    except EntryDamaged as error:
+        found, damage = None, error
+    if damage is not None:
         on_event(f"{damage.what}: prepared anew")
     if found is not None:
         return found
@@ -83,7 +86,8 @@ def prepare(
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with locked(final, on_wait=lambda: on_event(waiting)):
-            if damaged == final:
+            if damage is not None and damage.folder == final:
+                damage.set_aside()
                 _reopen(final, partial)
             if final.exists():
                 return PreparedStore.open(final)
@@ -98,6 +102,7 @@ def prepare(
                 _sync_folder(partial)
                 partial.rename(final)
             _sync_folder(final.parent)
+            on_end()
     except OSError as error:  # of the cache alone: reading the source raises CheckpointBroken
         raise _refusal(error, cache, partial, job.bytes_missing(partial) if job else 0) from error
     return PreparedStore.open(final)

@@ -16,6 +16,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -28,7 +29,7 @@ from lowmem_flux2.planning.formats import FORMATS, MIXED
 from lowmem_flux2.planning.plan import WHOLE_TEXT_ENCODER
 from lowmem_flux2.planning.weight_files import component_headers, no_tensor
 from lowmem_flux2.runtime.blockfile import StoredBlock, block_path
-from lowmem_flux2.runtime.cache import MANIFEST, entry_folder, repair
+from lowmem_flux2.runtime.cache import MANIFEST, EntryDamaged, entry_folder
 from lowmem_flux2.runtime.components import Blocks
 from lowmem_flux2.runtime.device import DTYPES
 from lowmem_flux2.runtime.layout import BlockSource, Layout, allocate, layout_of
@@ -41,16 +42,20 @@ SAMPLES, SAMPLE_BYTES = 16, 4096
 """Pieces of each source file that go into the fingerprint, first and last included."""
 
 
-class EntryDamaged(CheckpointBroken):
-    """An entry's manifest, or a block's file, is gone or not what was written.
+class OtherLayout(EntryDamaged):
+    """An entry of another model, or of a release that lays blocks out otherwise: nothing of it serves."""
 
-    Attributes:
-        folder: the entry's.
-    """
+    def __init__(self, folder: Path, what: str, layout: str) -> None:
+        super().__init__(folder, what)
+        self._layout = layout
 
-    def __init__(self, folder: Path, what: str) -> None:
-        super().__init__(f"{what}; {repair(folder)}")
-        self.folder, self.what = folder, what
+    def set_aside(self) -> None:
+        """Remove all of it, unless another process has made it again."""
+        with suppress(EntryDamaged):
+            if Manifest.read(self.folder).layout != self._layout:
+                return
+        for path in (*self.folder.glob("block-*"), self.folder / MANIFEST):
+            path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +212,7 @@ class PreparedStore:
             weight_format: one that is stored as this store's is, to compute in.
 
         Raises:
-            CheckpointBroken: the layout is not the one that was written.
+            OtherLayout: the layout is not the one that was written.
         """
         dtype = DTYPES[self.manifest.dtype]
         modules = blocks.converted(weight_format or self.manifest.weight_format, dtype).modules
@@ -215,9 +220,10 @@ class PreparedStore:
         # Encoding takes the first layers of a whole text encoder, which are all alike.
         others = layouts[-1:] * (len(self.manifest.block_bytes) - len(layouts))
         if layout_digest([*layouts, *others]) != self.manifest.layout:
-            raise CheckpointBroken(
-                f"{self.folder} was prepared for another model, or by another release of diffusers or transformers; "
-                f"{repair(self.folder)}"
+            raise OtherLayout(
+                self.folder,
+                f"{self.folder} was prepared for another model, or by another release of diffusers or transformers",
+                self.manifest.layout,
             )
         return [self._block(index, layout) for index, layout in enumerate(layouts)]
 
@@ -227,8 +233,8 @@ class PreparedStore:
         for index, size in enumerate(self.manifest.block_bytes):
             try:
                 self._block(index, Layout((), size)).read_into(largest[:size], direct=True)
-            except CheckpointBroken as error:
-                yield str(error)
+            except EntryDamaged as damage:
+                yield damage.what
 
     def _block(self, index: int, layout: Layout) -> StoredBlock:
         return StoredBlock(layout, block_path(self.folder, index), self.manifest.checksums[index])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 
 from lowmem_flux2 import Engine
 from lowmem_flux2.planning.sources import resolve_model
+from lowmem_flux2.runtime.observer import Silent
 from lowmem_flux2.runtime.prepare import prepare
-from lowmem_flux2.runtime.store import PreparedStore
+from lowmem_flux2.runtime.store import PreparedStore, find
 
 ASKED: dict[str, Any] = {
     "height": 64,
@@ -57,3 +59,29 @@ def entries(cache: Path) -> list[str]:
 def weights_of(source: Path) -> Path:
     """The transformer's file of a tiny model."""
     return next((source / "transformer").glob("*.safetensors"))
+
+
+def found(source: Path, cache: Path) -> PreparedStore | None:
+    """The entry that ``prepared`` makes, if it is there."""
+    return find(source, "transformer", "int8", "fp32", cache)
+
+
+def flip(path: Path, bit: int) -> None:
+    """Flip one bit of a file, and leave no other trace of it."""
+    seen = path.stat()
+    with path.open("r+b") as file:
+        file.seek(bit // 8)
+        old = file.read(1)[0]
+        file.seek(bit // 8)
+        file.write(bytes([old ^ 1 << bit % 8]))
+    os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+
+
+class Told(Silent):
+    """An observer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def event(self, text: str) -> None:
+        self.events.append(text)

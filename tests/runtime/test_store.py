@@ -245,11 +245,11 @@ def test_a_layout_of_another_release_is_refused(
     tiny_klein: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Equal sizes, another order: only the names tell."""
-    made = prepared(tiny_klein, tmp_path)
+    latents(tiny_klein, tmp_path, "int8")
     monkeypatch.setattr(store, "layout_digest", lambda layouts: "other")
     with pytest.raises(CheckpointBroken, match="another release of diffusers"):
-        latents(tiny_klein, tmp_path, "int8")
-    assert made.folder.exists()
+        latents(tiny_klein, tmp_path, "int8", may_prepare=False)
+    assert len(entries(tmp_path)) == 2
 
 
 def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(
@@ -300,6 +300,7 @@ def test_prepare_lists_verifies_and_removes(run: Run, tiny_klein: Path, cache: P
     assert ran.code == 0, ran
     names = entries(cache)
     assert [name.split("-int4-fp32-")[0] for name in names] == ["text_encoder", "transformer"]
+    assert run("prepare", "-m", str(tiny_klein), "--device", "cpu", "--dtype", "fp32", "--weight-format", "int4") == ran
     listed = run("prepare", "--list").out
     assert all(name in listed for name in names)
     assert str(tiny_klein) in listed.replace("\n", "")

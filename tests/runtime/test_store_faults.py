@@ -1,9 +1,8 @@
-"""What goes wrong around the prepared store: deaths, disks, permissions, damage, and sources that change."""
+"""What goes wrong around the prepared store: deaths, disks, permissions, and sources that change."""
 
 from __future__ import annotations
 
 import ctypes
-import json
 import multiprocessing
 import os
 import random
@@ -20,27 +19,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stores import contents, entries, latents, prepared, weights_of
+from stores import contents, entries, found, latents, prepared, weights_of
 
 from lowmem_flux2.errors import CheckpointBroken, DoesNotFit, LowMemFlux2Error, UsageError
 from lowmem_flux2.runtime import prepare as preparation
-from lowmem_flux2.runtime.blockfile import StoredBlock, block_path
-from lowmem_flux2.runtime.cache import MANIFEST, PARTIAL
-from lowmem_flux2.runtime.layout import allocate
-from lowmem_flux2.runtime.store import Manifest, PreparedStore, find
+from lowmem_flux2.runtime.cache import PARTIAL
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits, mounts and signals as Linux has them")
-HOST = torch.device("cpu")
 
 
 @pytest.fixture
 def source(tiny_klein: Path, tmp_path: Path) -> Path:
     """A copy of the tiny checkpoint, to be changed."""
     return Path(shutil.copytree(tiny_klein, tmp_path / "source"))
-
-
-def found(source: Path, cache: Path) -> PreparedStore | None:
-    return find(source, "transformer", "int8", "fp32", cache)
 
 
 def leavings(cache: Path) -> list[str]:
@@ -231,116 +222,6 @@ def test_a_read_only_cache_serves_what_it_has(tiny_klein: Path, tmp_path: Path) 
         assert prepared(tiny_klein, tmp_path) == found(tiny_klein, tmp_path)
         with pytest.raises(UsageError, match=rf"{tmp_path} cannot be written: .*--cache-dir"):
             latents(tiny_klein, tmp_path, "int4")
-
-
-# ------------------------------------------------------------------------------------------------------- damage
-
-
-def flip(path: Path, bit: int) -> None:
-    """Flip one bit of a file, and leave no other trace of it."""
-    seen = path.stat()
-    with path.open("r+b") as file:
-        file.seek(bit // 8)
-        old = file.read(1)[0]
-        file.seek(bit // 8)
-        file.write(bytes([old ^ 1 << bit % 8]))
-    os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
-
-
-@pytest.mark.parametrize("placement", ["resident", "pageable", "disk"])
-def test_a_flipped_bit_is_named_when_a_run_loads_it(tiny_klein: Path, tmp_path: Path, placement: str) -> None:
-    made = latents(tiny_klein, tmp_path, "int8")
-    entry = found(tiny_klein, tmp_path)
-    assert entry is not None
-    draw = random.Random(placement)
-    for index, size in enumerate(entry.manifest.block_bytes):
-        bit = {0: 0, 1: 8 * size - 1}.get(index, draw.randrange(8 * size))  # the first, the last, and any
-        path = block_path(entry.folder, index)
-        flip(path, bit)
-        message = rf"block-{index:03d}\.bin is damaged: bytes 0 to {size} "
-        with pytest.raises(CheckpointBroken, match=f"{message}.*prepare --remove {entry.folder.name} "):
-            latents(tiny_klein, tmp_path, "int8", placement, may_prepare=False)
-        with pytest.raises(CheckpointBroken, match=f"{message}.*is removed: run again, and it is prepared anew"):
-            latents(tiny_klein, tmp_path, "int8", placement)
-        assert torch.equal(latents(tiny_klein, tmp_path, "int8", placement), made)
-
-
-@pytest.mark.parametrize("fault", ["manifest", "gone", "cut"])
-def test_a_damaged_entry_is_made_whole_again(tiny_klein: Path, tmp_path: Path, fault: str) -> None:
-    made = latents(tiny_klein, tmp_path, "int8")
-    entry = found(tiny_klein, tmp_path)
-    assert entry is not None
-    first, last = (block_path(entry.folder, index) for index in (0, len(entry.manifest.block_bytes) - 1))
-    kept = first.stat().st_ino
-    if fault == "manifest":
-        flip(entry.folder / "manifest.json", 800)
-    elif fault == "gone":
-        last.unlink()
-    else:
-        os.truncate(last, 4096)
-    with pytest.raises(CheckpointBroken, match=f"prepare --remove {entry.folder.name} "):
-        latents(tiny_klein, tmp_path, "int8", may_prepare=False)
-    events: list[str] = []
-    assert prepared(tiny_klein, tmp_path, on_event=events.append) == entry
-    assert len(events) == 1 and events[0].endswith(": prepared anew")
-    assert first.stat().st_ino == kept  # what is whole is not made again
-    assert torch.equal(latents(tiny_klein, tmp_path, "int8", may_prepare=False), made)
-
-
-def test_damage_is_narrowed_down_to_a_piece_and_its_tensors(
-    tiny_klein: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in ("rawfile", "blockfile"):
-        monkeypatch.setattr(f"lowmem_flux2.runtime.{module}.PIECE_BYTES", 4096)
-    made = prepared(tiny_klein, tmp_path)
-    from lowmem_flux2.planning.sources import resolve_model
-    from lowmem_flux2.runtime.checkpoint import TensorFile
-    from lowmem_flux2.runtime.conversion import Conversion
-
-    with TensorFile(tiny_klein / "transformer") as files:
-        spec = resolve_model(str(tiny_klein), offline=True).spec
-        job = Conversion.of(tiny_klein, spec, "transformer", "int8", torch.float32, files)
-        source = StoredBlock(job.layouts[1], block_path(made.folder, 1), made.manifest.checksums[1])
-    span = allocate(job.layouts[1].total_bytes, HOST)
-    for place in job.layouts[1].places:
-        flip(source.path, 8 * place.offset + 3)
-        with pytest.raises(CheckpointBroken) as caught:
-            source.read_into(span)
-        start, stop = (int(word) for word in str(caught.value).split(": bytes ")[1].split(" are ")[0].split(" to "))
-        assert start <= place.offset < stop == start + 4096
-        flip(source.path, 8 * place.offset + 3)
-        first = max((other for other in job.layouts[1].places if other.offset <= start), key=lambda at: at.offset)
-        assert f", in {first.name}" in str(caught.value)
-
-
-def test_a_block_is_checked_when_it_is_first_read_and_not_again(tiny_klein: Path, tmp_path: Path) -> None:
-    made = prepared(tiny_klein, tmp_path)
-    source = StoredBlock(None, block_path(made.folder, 0), made.manifest.checksums[0])  # type: ignore[arg-type]
-    span = allocate(made.manifest.block_bytes[0], HOST)
-    source.read_into(span)
-    flip(source.path, 5)
-    source.read_into(span, direct=True)
-    assert source.path.read_bytes() != contents(prepared(tiny_klein, tmp_path / "whole").folder)["block-000.bin"]
-    assert len(list(made.verify())) == 1
-
-
-def test_a_flipped_bit_anywhere_in_the_manifest_is_noticed(tiny_klein: Path, tmp_path: Path) -> None:
-    made = prepared(tiny_klein, tmp_path)
-    path = made.folder / MANIFEST
-    draw = random.Random(0)
-    for bit in draw.sample(range(8 * path.stat().st_size), 300):
-        flip(path, bit)
-        with pytest.raises(CheckpointBroken, match=r"manifest\.json is damaged .*prepare --remove"):
-            PreparedStore.open(made.folder)
-        flip(path, bit)
-    assert PreparedStore.open(made.folder) == made
-
-
-def test_a_manifest_comes_back_as_it_was_written(tiny_klein: Path, tmp_path: Path) -> None:
-    made = prepared(tiny_klein, tmp_path)
-    assert made.manifest.text() == (made.folder / MANIFEST).read_text()
-    assert Manifest.read(made.folder) == made.manifest
-    assert json.loads(made.manifest.text())["source"] == str(tiny_klein.resolve())
 
 
 # ------------------------------------------------------------------------------------------------------- sources
