@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from lowmem_flux2.planning.cost import device_room_bytes, device_total_bytes, host_bytes
+from lowmem_flux2.planning.cost import device_room_bytes, device_total_bytes, host_bytes, room_bytes
 from lowmem_flux2.planning.hardware import Hardware
 from lowmem_flux2.planning.passages import Tiers, passage
 from lowmem_flux2.planning.plan import Limits, Placement, StagePlan
@@ -166,14 +166,19 @@ class TieredBlocks:
 
     def fitting(self, numbers: Iterable[int], slots: int, all_in_ram: bool, limits: Limits) -> list[int]:
         """The numbers of residents that fit the device; on a CPU that is RAM, which then holds the others too."""
-        if self.on_host:
+        if self.on_host and all_in_ram:
             end = self.total
             return [
                 resident
                 for resident in numbers
-                if self.ram(self.tiers(resident, resident, end if all_in_ram else resident, slots)) <= limits.ram_bytes
+                if self.ram(self.tiers(resident, resident, end, slots)) <= limits.ram_bytes
             ]
-        room = device_room_bytes(self.work, limits.vram_bytes - self.hardware.context_bytes)
+        if self.on_host:
+            if host_bytes(self.work, EMPTY, on_host=True) > limits.ram_bytes:
+                return []
+            room = device_room_bytes(self.work, room_bytes(self.work, limits.ram_bytes))
+        else:
+            room = device_room_bytes(self.work, limits.vram_bytes - self.hardware.context_bytes)
         sums, largest = self.bytes, self.largest_streamed
         return [resident for resident in numbers if sums[resident] + slots * largest[resident] <= room]
 
@@ -217,6 +222,7 @@ class TieredBlocks:
         ]
 
 
+EMPTY = Tiers(0, 0, 0, 0, 0, 0, 0)
 _RESIDENT = Passage(Way.RESIDENT, 0, 0).packed
 
 
