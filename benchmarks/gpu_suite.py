@@ -23,6 +23,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,20 +53,21 @@ BUDGET_S = {
 
 
 def main() -> int:
-    arguments = _parser().parse_args()
+    arguments = parse(None)
     if arguments.channel is not None:
         return _work(arguments)
     parts = list(BUDGET_S) if arguments.part == ["all"] else arguments.part
     try:
         machine = resolve_machine(arguments.profile, arguments.device)
-        done = [_run_part(part, arguments, machine) for part in parts]
+        done = [run_part(part, arguments, machine) for part in parts]
     except LowMemFlux2Error as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    return 0 if all(done) else 1
+    return 0 if all(part["passed"] for part in done) else 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse(given: Sequence[str] | None) -> argparse.Namespace:
+    """The options; None takes those of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=(*BUDGET_S, "all"), required=True)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where the records are")
@@ -76,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", default=[], metavar="CASE", help="only these cases")
     parser.add_argument("--scratch", type=Path, help="for weights on disk, up to 40 GiB; default: a temporary folder")
     parser.add_argument("--channel", type=int, help=argparse.SUPPRESS)
-    return parser
+    return parser.parse_args(given)
 
 
 def _work(arguments: argparse.Namespace) -> int:
@@ -87,8 +89,8 @@ def _work(arguments: argparse.Namespace) -> int:
     return work(arguments.part[0], bench, arguments.channel)
 
 
-def _run_part(part: str, arguments: argparse.Namespace, machine: Machine) -> bool:
-    """Run one part; whether every case is on record and reached its goal."""
+def run_part(part: str, arguments: argparse.Namespace, machine: Machine) -> dict[str, Any]:
+    """Run one part; its summary. ``passed`` says whether every case is on record and reached its goal."""
     start = time.monotonic()
     budget = arguments.budget or BUDGET_S[part]
     cards = visible_cards(read_nvml(), None) if machine.hardware.device == "cuda" else ()
@@ -121,8 +123,10 @@ def _run_part(part: str, arguments: argparse.Namespace, machine: Machine) -> boo
         "missed": record.missed,
     }
     record.write(**summary, **supervisor.about)
-    print(json.dumps({"part": part, "machine": machine.hardware.name, **summary}), flush=True)
-    return not supervisor.cut_short and not record.missed and not set(counts) & {"failed", "crashed"}
+    named = {"part": part, "machine": machine.hardware.name, **summary}
+    print(json.dumps(named), flush=True)
+    passed = not supervisor.cut_short and not record.missed and not set(counts) & {"failed", "crashed"}
+    return {**named, "passed": passed}
 
 
 def _card(device: str) -> Card:

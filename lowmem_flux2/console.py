@@ -68,5 +68,6 @@ class ConsoleObserver:
         self._progress.stop_task(self._tasks.pop())
 
     def event(self, text: str) -> None:
-        """Warnings are shown even when quiet: a flag or figure that does not hold must be seen."""
-        self._console.print(f"warning: {text}", style="yellow", highlight=False)
+        """Warnings are shown even when quiet: a flag or figure that does not hold must be seen. A line each, as it is:
+        paths in them are to be copied."""
+        self._console.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)

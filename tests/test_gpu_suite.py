@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +16,9 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import gpu_smoke  # noqa: E402
 from gpu import caps, compiled, disktier, parity, peers, ratio, recovery  # noqa: E402
-from gpu.generated import GeneratedBlock, GeneratedTensors, Pieces  # noqa: E402
+from gpu.generated import GeneratedBlock, GeneratedStreamer, GeneratedTensors, Pieces  # noqa: E402
 from gpu.meter import MeteredCuda, Meters  # noqa: E402
 from gpu.record import Record, record_path  # noqa: E402
 from gpu.running import Bench  # noqa: E402
@@ -56,12 +56,37 @@ START_S = 25
 
 
 def test_each_part_of_the_smoke_run_has_time_for_a_case(tmp_path: Path) -> None:
-    script = (ROOT / "benchmarks" / "gpu_smoke.sh").read_text()
-    given = {part: int(seconds) for part, seconds in re.findall(r"suite (\w+) (\d+)", script)}
     bench = Bench(device="cpu", tiny=False, profile="auto", scratch=tmp_path, out=tmp_path)
     firsts = {part.__name__.rpartition(".")[2]: part.cases(bench)[0].guess_s for part in PARTS}
-    assert given.keys() == firsts.keys()
-    assert [part for part, seconds in given.items() if seconds < firsts[part] + START_S] == []
+    assert {*gpu_smoke.SHARES, *gpu_smoke.BEYOND} == {*firsts, "tests"}
+    assert [part for part, seconds in gpu_smoke.SHARES.items() if seconds < firsts[part] + START_S] == []
+    assert sum(gpu_smoke.SHARES.values()) == gpu_smoke.BUDGET_S
+
+
+def test_the_smoke_run_keeps_its_time_and_goes_on_where_some_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock of its own: the first part takes its share and is cut short, the others a second each."""
+    now = [0.0]
+    monkeypatch.setattr(gpu_smoke.time, "monotonic", lambda: now[0])
+    given: list[tuple[str, float]] = []
+
+    def run(part: str, seconds: float) -> dict[str, Any]:
+        is_first = not given
+        given.append((part, seconds))
+        now[0] += seconds if is_first else 1.0
+        return {"part": part, "cut_short": is_first, "passed": True}
+
+    done = gpu_smoke.in_order(run, 540.0, 540.0, tmp_path, [])
+    shares = gpu_smoke.SHARES
+    assert [part for part, _ in given] == [*shares, *gpu_smoke.BEYOND, "parity"]
+    assert given[0] == ("parity", shares["parity"])
+    assert given[1] == ("caps", shares["caps"])
+    assert given[2] == ("recovery", shares["recovery"] + shares["caps"] - 1)  # what caps left over too
+    assert given[-1][1] == 540 - now[0] + 1
+    assert json.loads((tmp_path / "smoke.json").read_text()) == {"budget_s": 540.0, "parts": done}
+    now[0] = 540.0 - gpu_smoke.LEAST_S + 1
+    assert gpu_smoke.in_order(run, 540.0, 540.0, tmp_path, []) == []  # too late to begin anything
 
 
 # ------------------------------------------------------------------------------------------------------ the parts
@@ -106,8 +131,15 @@ def test_a_cap_that_is_too_small_is_a_result(bench: Bench) -> None:
 
 
 def test_ratio(bench: Bench) -> None:
-    result = run(ratio, bench, "klein-9b-int8")
+    name = ratio.cases(bench)[0].name  # unquantized
+    plain = run(ratio, bench, name)
+    assert plain["over_unquantized"]["step"] == {}
+    Record.open(record_path(bench.out, bench.machine.hardware.name, "ratio"), {}).add(name, "ran", plain)
+    result = run(ratio, bench, "klein-9b-w8a8")
     assert result["bit_equal"] is True
+    assert result["over_unquantized"]["step"].keys() == {"streamed", "resident"}
+    resident = result["resident"]["step_median_s"] / plain["resident"]["step_median_s"]
+    assert result["over_unquantized"]["step"]["resident"] == pytest.approx(resident)
     assert result["ratio"] == pytest.approx(
         result["streamed"]["step_median_s"] / result["resident"]["step_median_s"], rel=1e-6
     )
@@ -211,6 +243,21 @@ def test_weights_are_the_same_at_every_reading_and_differ_between_blocks() -> No
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
     assert not torch.equal(first, spans(1)[0])
+
+
+def test_resident_blocks_made_in_place_are_those_that_come_through_the_host() -> None:
+    pieces = Pieces(piece_weights=1 << 10)
+    holder = nn.ModuleDict({"proj": nn.Linear(64, 96, device="meta")})
+    convert(holder, "nf4", torch.float32)
+    block = GeneratedBlock.of(holder, "block.3.", torch.float32, pieces)
+    streamer = GeneratedStreamer([holder], [block], [Placement.GPU], CPU, 1, 1)
+    span = streamer._spans[0]
+    loaded = span.clone()
+    span.fill_(7)
+    streamer._load_through_host([0])
+    streamer.close()
+    for place in block.layout.places:
+        assert torch.equal(place.view(span), place.view(loaded))
 
 
 def test_token_rows_are_those_of_the_whole_embedding() -> None:

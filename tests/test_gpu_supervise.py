@@ -158,3 +158,15 @@ def test_the_script_prints_a_line_a_case_and_a_json_line_a_part(tmp_path: Path) 
     assert record["versions"]["torch"] == metadata.version("torch")
     assert record["tiny"] is True
     assert [case["case"] for case in record["cases"]] == ["klein-4b-2gib", "klein-4b-0.0625gib"]
+
+
+def test_the_smoke_run_writes_what_each_part_came_to(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_smoke.py"), "--device", "cpu", "--tiny"]
+    command += ["--only", "recovery", "--budget", "100", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "smoke.json").read_text())
+    assert found["budget_s"] == 100
+    assert [(part["part"], part["counts"], part["passed"]) for part in found["parts"]] == [
+        ("recovery", {"ran": 3}, True)
+    ]

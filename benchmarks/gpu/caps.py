@@ -18,7 +18,7 @@ from lowmem_flux2.units import GIB, MIB
 STEPS = {"dev": 3, "klein-9b": 4, "klein-4b": 4}
 GUESS_S = {"dev": 75.0, "klein-9b": 30.0, "klein-4b": 20.0}
 ORDER = (
-    *(("dev", 16), ("klein-9b", 8), ("klein-4b", 6), ("dev", 24), ("dev", 12), ("klein-9b", 12), ("dev", 8)),
+    *(("klein-9b", 8), ("dev", 16), ("klein-4b", 6), ("dev", 24), ("dev", 12), ("klein-9b", 12), ("dev", 8)),
     *(("klein-4b", 4), ("klein-9b", 6), ("dev", 6), ("klein-9b", 4), ("dev", 4), ("klein-4b", 8), ("klein-9b", 16)),
     *(("klein-4b", 12), ("klein-9b", 24), ("klein-4b", 16), ("klein-4b", 24)),
 )

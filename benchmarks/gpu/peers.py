@@ -19,8 +19,7 @@ import torch
 from diffusers.hooks import apply_group_offloading
 
 from gpu.case import Case
-from gpu.record import RAN, read_cases, record_path
-from gpu.running import PROMPT, SEED, Bench, carry_out, digest
+from gpu.running import PROMPT, SEED, Bench, carry_out, case_on_record, digest
 from gpu.stock import dev_pipeline, klein_pipeline
 from lowmem_flux2.planning.selection import Selection, compute_dtype
 from lowmem_flux2.runtime.device import DTYPES, measure
@@ -171,7 +170,7 @@ def _ours(name: str, peer: str, bench: Bench) -> dict[str, Any]:
     Raises:
         DoesNotFit: which is a result.
     """
-    theirs = peer_record(bench, peer)
+    theirs = case_on_record(bench, "peers", peer)
     if theirs is None:
         raise RuntimeError(f"{peer} is not on record: nothing to compare with")
     plain = compute_dtype(Selection(), bench.machine.hardware)
@@ -199,9 +198,3 @@ def _ours(name: str, peer: str, bench: Bench) -> dict[str, Any]:
         "line": f"step {run.step_s:.3f} s, the peer's is {gain:.2f} times that; peak "
         f"{run.figures['peak_vram_bytes'] / (1 << 30):.2f} GiB; latents {'equal' if same else 'NOT EQUAL to'} its",
     }
-
-
-def peer_record(bench: Bench, name: str) -> dict[str, Any] | None:
-    """A peer's result, if it ran."""
-    kept = read_cases(record_path(bench.out, bench.machine.hardware.name, "peers"))
-    return next((case for case in kept if case["case"] == name and case["status"] == RAN), None)

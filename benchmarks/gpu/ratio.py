@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gpu.case import Case
-from gpu.running import Bench, carry_out, with_placements
+from gpu.running import Bench, Run, carry_out, case_on_record, with_placements
 from lowmem_flux2.errors import DoesNotFit
 from lowmem_flux2.planning.plan import Placement
 from lowmem_flux2.planning.selection import Selection, compute_dtype
@@ -28,8 +28,8 @@ def cases(bench: Bench) -> list[Case]:
     ]
     first = [
         ("klein-9b", plain),
-        ("klein-9b", "int8"),
         ("klein-9b", "w8a8"),
+        ("klein-9b", "int8"),
         ("dev", "int8"),
         ("klein-4b", plain),
         ("dev", "nf4"),
@@ -56,13 +56,29 @@ def _compare(name: str, weight_format: str, bench: Bench) -> dict[str, Any]:
     ratio = streamed.step_s / resident.step_s
     predicted = streamed.figures["predicted_step_s"] / resident.figures["predicted_step_s"]
     equal = torch.equal(streamed.latents, resident.latents)
+    over_plain = _over_plain(bench, name, weight_format, streamed, resident)
     return {
         "met": equal,
         "bit_equal": equal,
         "ratio": ratio,
         "predicted_ratio": predicted,
+        "over_unquantized": over_plain,
         "streamed": streamed.figures,
         "resident": resident.figures,
         "line": f"step {streamed.step_s:.3f} s streamed, {resident.step_s:.3f} s resident: ratio {ratio:.2f} "
-        f"(predicted {predicted:.2f}), {'bit-equal' if equal else 'NOT EQUAL'}",
+        f"(predicted {predicted:.2f}), {'bit-equal' if equal else 'NOT EQUAL'}"
+        + "".join(f"; {kind} {over:.2f} of {over_plain['format']}'s" for kind, over in over_plain["step"].items()),
     }
+
+
+def _over_plain(bench: Bench, name: str, weight_format: str, streamed: Run, resident: Run) -> dict[str, Any]:
+    """Step times over those of the same model unquantized, whose case comes first; none where that is not on record.
+
+    So w8a8's says what int8 matmuls gain.
+    """
+    plain = compute_dtype(Selection(), bench.machine.hardware)
+    there = case_on_record(bench, "ratio", f"{name}-{plain}")
+    if there is None or weight_format == plain:
+        return {"format": plain, "step": {}}
+    runs = {"streamed": streamed, "resident": resident}
+    return {"format": plain, "step": {kind: run.step_s / there[kind]["step_median_s"] for kind, run in runs.items()}}

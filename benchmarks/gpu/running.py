@@ -16,6 +16,7 @@ import torch
 
 from gpu.generated import GeneratedWeights, Pieces, block_sources
 from gpu.meter import Meters
+from gpu.record import RAN, read_cases, record_path
 from gpu.subjects import Subject, subject
 from lowmem_flux2.planning.cost import stage_cost
 from lowmem_flux2.planning.job import Machine, plan_job, resolve_machine
@@ -232,3 +233,9 @@ def digest(tensor: torch.Tensor | None) -> str | None:
         return None
     raw = tensor.detach().to("cpu").contiguous().view(torch.uint8).numpy().tobytes()
     return hashlib.blake2b(raw).hexdigest()[:16]
+
+
+def case_on_record(bench: Bench, part: str, name: str) -> dict[str, Any] | None:
+    """The result of a case that ran, of this call or an earlier one; None without one."""
+    kept = read_cases(record_path(bench.out, bench.machine.hardware.name, part))
+    return next((case for case in kept if case["case"] == name and case["status"] == RAN), None)
