@@ -35,6 +35,9 @@ ALIGNMENT_BYTES = 256
 SECTOR_BYTES = 4096
 """Every block's span starts at a multiple of this and is as long: reads past the page cache want offset, length and
 memory aligned to the device's logical block, 512 or 4096 bytes."""
+PADDING_BESIDE_BLOCKS_BYTES = 24 << 10
+"""Modules beside the blocks take at most so much more than their weights: a sector's rest for each, another for its
+alignment, and each tensor's rest (test: the shipped configs, transformer and VAE, each part of a stage)."""
 GROUP = 128
 """Weights that share a scale and a shift in int4 and int6 (optimum-quanto's default group size for qint4)."""
 NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
@@ -178,7 +181,7 @@ class WeightFormat:
         return ceil(piece * columns + max(4 * piece * columns, 8 * piece * min(rows, INT8_ROWS)))
 
     def plain_bytes(self, weights: int, dtype_bytes: int = 2) -> int:
-        """Bytes of weights that are not quantized."""
+        """Bytes of weights that are not quantized, ``PADDING_BESIDE_BLOCKS_BYTES`` a stage not counted."""
         return _aligned(weights * self._plain_size(dtype_bytes))
 
     def _plain_size(self, dtype_bytes: int) -> int:

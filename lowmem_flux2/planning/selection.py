@@ -17,8 +17,9 @@ StreamFrom = Literal["auto", "resident", "pinned", "pageable", "disk"]
 
 TILE_STEP_PX, TILE_MOST_PX = 64, 4096
 RAM_RESERVE_BYTES = GIB
-RAM_RESERVE_SHARE = 10
-"""The system keeps at least RAM_RESERVE_BYTES, or one part in RAM_RESERVE_SHARE of RAM."""
+RAM_RESERVE_SHARE, MOST_RESERVE_SHARE = 10, 3
+"""The system keeps at least RAM_RESERVE_BYTES, or one part in RAM_RESERVE_SHARE of RAM; never more than one part in
+MOST_RESERVE_SHARE, since a small container's limit is on what runs in it, and not on the system."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,8 @@ class Selection:
 def limits_of(hardware: Hardware, selection: Selection) -> Limits:
     """The budgets: VRAM less what others hold, RAM less a share for the system, and the user's caps."""
     vram = hardware.vram_bytes - hardware.vram_reserve_bytes + hardware.context_bytes
-    ram = hardware.ram_bytes - max(RAM_RESERVE_BYTES, hardware.ram_bytes // RAM_RESERVE_SHARE)
+    reserve = max(RAM_RESERVE_BYTES, hardware.ram_bytes // RAM_RESERVE_SHARE)
+    ram = hardware.ram_bytes - min(reserve, hardware.ram_bytes // MOST_RESERVE_SHARE)
     if selection.max_vram_bytes is not None:
         vram = min(vram, selection.max_vram_bytes)
     if selection.max_ram_bytes is not None:
@@ -65,6 +67,7 @@ def limits_of(hardware: Hardware, selection: Selection) -> Limits:
 def with_ram_for(hardware: Hardware, max_ram_bytes: int) -> Hardware:
     """The same machine with just so much RAM that ``max_ram_bytes`` of it are ours; its pinnable share as before."""
     others = max(RAM_RESERVE_BYTES, -(-max_ram_bytes // (RAM_RESERVE_SHARE - 1)))
+    others = min(others, max_ram_bytes // (MOST_RESERVE_SHARE - 1))
     ram = max_ram_bytes + others
     source = {"ram_bytes": "--max-ram and the system's share", "pinnable_bytes": "in proportion to --max-ram"}
     return replace(

@@ -18,7 +18,7 @@ from lowmem_flux2.planning.hardware import LIBRARIES_HOST_BYTES, load_profile
 from lowmem_flux2.planning.nvml import NvmlCard
 from lowmem_flux2.planning.plan import Limits, Placement
 from lowmem_flux2.planning.planner import make_plan
-from lowmem_flux2.planning.selection import Selection
+from lowmem_flux2.planning.selection import Selection, limits_of, with_ram_for
 from lowmem_flux2.planning.stage_work import block_sizes
 from lowmem_flux2.units import GIB, MIB
 
@@ -46,6 +46,12 @@ def test_on_a_cpu_ram_decides_between_resident_and_disk(name: str) -> None:
         assert resident[-1] == len(denoise.block_placements) or left < max(block_sizes(denoise, spec(name))), cap
     assert resident == sorted(resident)
     assert resident[0] < resident[-1] == len(denoise.block_placements)
+
+
+@given(st.integers(1, 256 * GIB))
+def test_the_systems_share_is_added_as_it_is_taken(ram_bytes: int) -> None:
+    hardware = with_ram_for(machine("cpu", 64), ram_bytes)
+    assert limits_of(hardware, Selection()).ram_bytes in (ram_bytes, ram_bytes + 1)
 
 
 # --------------------------------------------------------------------------------------------------------- pinning
