@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,7 +24,7 @@ from stores import contents, entries, found, latents, prepared, weights_of
 
 from lowmem_flux2.errors import CheckpointBroken, DoesNotFit, LowMemFlux2Error, UsageError
 from lowmem_flux2.runtime import prepare as preparation
-from lowmem_flux2.runtime.cache import PARTIAL
+from lowmem_flux2.runtime.cache import PARTIAL, locked
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits, mounts and signals as Linux has them")
 
@@ -107,6 +108,25 @@ def test_a_killed_command_is_taken_up_by_the_next(tiny_klein: Path, cache: Path)
     assert list(cache.glob("prepared/*text_encoder*/*.bin"))
     assert torch.equal(latents(tiny_klein, cache, "int8"), whole)
     assert leavings(cache) == []
+
+
+def test_a_lock_whose_file_goes_with_it_still_keeps_others_out(tmp_path: Path) -> None:
+    """Who waits on a file that its holder removes must not hold it beside one who has made it anew."""
+    inside: list[int] = []
+    most: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(100):
+            with locked(tmp_path / "entry", on_wait=lambda: None):
+                inside.append(number)
+                time.sleep(0)  # lets another in, if it can come in
+                most.append(len(inside))
+                inside.remove(number)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
+    assert max(most) == 1 and len(most) == 600
+    assert list(tmp_path.iterdir()) == []
 
 
 # -------------------------------------------------------------------------------------------------------- disks
