@@ -97,9 +97,10 @@ def listing(cache: Path) -> Table:
             row = "-", "-", f"damaged: its {MANIFEST} cannot be read"
         table.add_row(folder.name, *row)
     for folder in _unfinished(cache):
-        sizes = [path.stat().st_size for path in folder.glob("block-*.bin")]
-        row = format_bytes(sum(sizes)), str(len(sizes)), "unfinished: preparing the same again goes on with it"
-        table.add_row(folder.name.removeprefix(PARTIAL), *row)
+        with suppress(OSError):  # finished meanwhile
+            sizes = [path.stat().st_size for path in folder.glob("block-*.bin")]
+            row = format_bytes(sum(sizes)), str(len(sizes)), "unfinished: preparing the same again goes on with it"
+            table.add_row(folder.name.removeprefix(PARTIAL), *row)
     if prompts := prompt_files(cache):
         size = sum(entry.size_bytes for entry in prompts)
         table.add_row(PROMPTS, format_bytes(size), "-", f"the prompt cache: {len(prompts)} batches of prompts")
