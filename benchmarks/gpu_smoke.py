@@ -33,6 +33,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,10 @@ from lowmem_flux2.planning.job import resolve_machine  # noqa: E402
 from lowmem_flux2.report import write_atomically  # noqa: E402
 
 BUDGET_S = 540.0
-SHARES = {"parity": 140, "caps": 120, "recovery": 75, "ratio": 100, "peers": 105}
-"""Seconds of a whole run, all but the last few; parts beyond these have what is left."""
+ENDS_S = 15.0
+"""Of the budget, for imports before and for ending what runs after."""
+SHARES = {"parity": 135, "caps": 120, "recovery": 75, "ratio": 95, "peers": 100}
+"""Seconds of a whole run; parts beyond these have what is left."""
 BEYOND = ("tests", "compiled", "disktier")
 LEAST_S = 20.0
 """With less left no part is begun: a worker's imports and CUDA context take some ten seconds."""
@@ -77,24 +80,24 @@ def main() -> int:
             print(f"{part}: {error}", file=sys.stderr)
             return {"part": part, "cut_short": False, "passed": False, "error": str(error)}
 
-    done = in_order(run, start + arguments.budget, arguments.budget, arguments.out, arguments.only)
+    done = in_order(run, start, arguments.budget, arguments.out, arguments.only)
     return 0 if done and all(part["passed"] for part in done) else 1
 
 
 def in_order(
-    run: Callable[[str, float], dict[str, Any]], deadline: float, budget_s: float, out: Path, only: list[str]
+    run: Callable[[str, float], dict[str, Any]], start: float, budget_s: float, out: Path, only: list[str]
 ) -> list[dict[str, Any]]:
     """Run the parts, and those that were cut short once more; what each came to, in ``smoke.json`` too.
 
     Args:
         run: given a part and its seconds.
-        deadline: by ``time.monotonic``.
+        start: by ``time.monotonic``.
+        budget_s: from then on.
         only: parts; none for all.
     """
-    ends, spent = {}, 0.0
-    for part, share in SHARES.items():
-        spent += share * budget_s / BUDGET_S
-        ends[part] = deadline - budget_s + spent
+    deadline, ends = start + budget_s - ENDS_S, {}
+    for part, spent in zip(SHARES, accumulate(SHARES.values()), strict=True):
+        ends[part] = start + spent * (budget_s - ENDS_S) / (BUDGET_S - ENDS_S)
     parts = [part for part in (*SHARES, *BEYOND) if not only or part in only]
     done: list[dict[str, Any]] = []
 

@@ -60,7 +60,7 @@ def test_each_part_of_the_smoke_run_has_time_for_a_case(tmp_path: Path) -> None:
     firsts = {part.__name__.rpartition(".")[2]: part.cases(bench)[0].guess_s for part in PARTS}
     assert {*gpu_smoke.SHARES, *gpu_smoke.BEYOND} == {*firsts, "tests"}
     assert [part for part, seconds in gpu_smoke.SHARES.items() if seconds < firsts[part] + START_S] == []
-    assert sum(gpu_smoke.SHARES.values()) == gpu_smoke.BUDGET_S
+    assert sum(gpu_smoke.SHARES.values()) == gpu_smoke.BUDGET_S - gpu_smoke.ENDS_S
 
 
 def test_the_smoke_run_keeps_its_time_and_goes_on_where_some_is_left(
@@ -77,16 +77,16 @@ def test_the_smoke_run_keeps_its_time_and_goes_on_where_some_is_left(
         now[0] += seconds if is_first else 1.0
         return {"part": part, "cut_short": is_first, "passed": True}
 
-    done = gpu_smoke.in_order(run, 540.0, 540.0, tmp_path, [])
+    done = gpu_smoke.in_order(run, 0.0, 540.0, tmp_path, [])
     shares = gpu_smoke.SHARES
     assert [part for part, _ in given] == [*shares, *gpu_smoke.BEYOND, "parity"]
     assert given[0] == ("parity", shares["parity"])
     assert given[1] == ("caps", shares["caps"])
     assert given[2] == ("recovery", shares["recovery"] + shares["caps"] - 1)  # what caps left over too
-    assert given[-1][1] == 540 - now[0] + 1
+    assert given[-1][1] == 540 - gpu_smoke.ENDS_S - now[0] + 1
     assert json.loads((tmp_path / "smoke.json").read_text()) == {"budget_s": 540.0, "parts": done}
-    now[0] = 540.0 - gpu_smoke.LEAST_S + 1
-    assert gpu_smoke.in_order(run, 540.0, 540.0, tmp_path, []) == []  # too late to begin anything
+    now[0] = 540.0 - gpu_smoke.ENDS_S - gpu_smoke.LEAST_S + 1
+    assert gpu_smoke.in_order(run, 0.0, 540.0, tmp_path, []) == []  # too late to begin anything
 
 
 # ------------------------------------------------------------------------------------------------------ the parts
