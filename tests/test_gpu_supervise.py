@@ -9,6 +9,7 @@ import textwrap
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,6 +105,22 @@ def test_no_case_is_begun_that_cannot_end_and_none_goes_on_past_the_deadline(tmp
     assert "cut short" not in FINAL
     supervise(tmp_path, "good,never", seconds=60)
     assert statuses(tmp_path)["never"] == "ran"
+
+
+def test_no_worker_is_started_when_its_start_takes_what_time_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = Supervisor._start
+
+    def slow(supervisor: Supervisor) -> list[dict[str, Any]] | None:
+        listed = start(supervisor)
+        supervisor._start_s = 1000.0
+        return listed
+
+    monkeypatch.setattr(Supervisor, "_start", slow)
+    made = supervise(tmp_path, "good,alone-b,last")
+    assert made.cut_short
+    assert statuses(tmp_path) == {"good": "ran", "last": "ran"}
 
 
 def test_a_case_that_takes_the_machines_ram_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,6 +180,7 @@ class Supervisor:
         self._worker: Worker | None = None
         self._has_worked = False
         self._slowest: dict[float, float] = {}
+        self._start_s = 0.0
         self.about: dict[str, Any] = {}
         self.cut_short = False
 
@@ -188,14 +189,16 @@ class Supervisor:
             for case in self._cases():
                 if self._record.is_final(case.name) or (self._only and case.name not in self._only):
                     continue
-                if self._deadline - time.monotonic() < self._guess(case):
+                is_new = self._worker is None or (case.alone and self._has_worked)
+                if self._deadline - time.monotonic() < self._guess(case) + is_new * self._start_s:
                     self.cut_short = True  # a shorter one may still fit
                     continue
-                if case.alone and self._has_worked:
+                if is_new:
                     self._end()
-                if self._worker is None and self._start() is None:
-                    self._put(case, CRASHED, {"line": "its process ended, or said nothing, before the case began"})
-                    continue
+                    if self._start() is None:
+                        status = CRASHED if time.monotonic() < self._deadline else CUT_SHORT
+                        self._put(case, status, {"line": "its process ended, or said nothing, before the case began"})
+                        continue
                 self._put(case, *self._measure(case))
                 if case.alone:
                     self._end()
@@ -218,10 +221,12 @@ class Supervisor:
         """A fresh worker; the cases it lists, None where it ends, or says nothing."""
         self._worker = Worker(self._command, self._log, self._card)
         self._has_worked = False
-        limit = min(time.monotonic() + START_S, self._deadline)
+        begun = time.monotonic()
+        limit = min(begun + START_S, self._deadline)
         try:
             while time.monotonic() < limit:
                 if (answer := self._worker.poll()) is not None:
+                    self._start_s = time.monotonic() - begun
                     self.about = {"versions": answer["versions"], "card": answer["card"]}
                     listed: list[dict[str, Any]] = answer["cases"]
                     return listed
