@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lowmem_flux2.arguments import Asked, resolve
-from lowmem_flux2.errors import UsageError
+from lowmem_flux2.errors import CheckpointError, UsageError
 from lowmem_flux2.flags import FitFlags, RequestFlags
 from lowmem_flux2.planning.batches import prompt_batches
 from lowmem_flux2.planning.models import ModelSpec
@@ -77,7 +77,7 @@ def batch_request(
         to_plan: nothing is made of it, so that sizes may stand for reference images.
 
     Raises:
-        UsageError: a line that cannot be honoured: file, line and why.
+        UsageError, CheckpointError: a line that cannot be honoured: file, line and why.
     """
     assert flags.prompt_file is not None
     given = [Located(PromptLine(prompt), "-p") for prompt in flags.prompt or ()]
@@ -89,10 +89,11 @@ def batch_request(
             line = _with_line(flags, first.line)
             stand_in = "(no prompt)" if to_plan else ""
             asked = resolve(line, fit, selection, (first.line.prompt,), without_prompt=stand_in, cache=cache)
-        except UsageError as error:
-            if first.where == "-p" or all(getattr(first.line, key) is None for key in _OVERRIDES):
+        except (UsageError, CheckpointError) as error:
+            own = _OVERRIDES if isinstance(error, UsageError) else ("lora",)  # the model is the flags'
+            if first.where == "-p" or all(getattr(first.line, key) is None for key in own):
                 raise
-            raise UsageError(f"{first.where}: {error}") from error
+            raise type(error)(f"{first.where}: {error}") from error
         bare = replace(asked, request=replace(asked.request, prompts=()))
         for other, others in alike:  # a line may say what the flags or the model's defaults say anyway
             if other.request == bare.request:
@@ -113,7 +114,9 @@ def batch_request(
     return replace(batch, seeds=_seeds(batch, located, seed))
 
 
-_OVERRIDES = ("width", "height", "num_images", "negative_prompt", "image", "lora", "steps", "guidance")
+_OVERRIDES = (
+    *("width", "height", "num_images", "negative_prompt", "image", "lora", "steps", "guidance", "caption_upsample"),
+)
 
 
 def _written_alike(lines: Sequence[PromptLine]) -> list[list[int]]:
@@ -202,7 +205,8 @@ def manifest_of(
         batches = tuple(indexes[at : at + size] for at in range(0, len(indexes), size))
         groups.append(Group(group.asked.request, made, 0, indexes, batches))
     encodes: tuple[EncodeJob, ...]
-    if len(groups) == 1 or batch.asked.request.caption_upsample_temperature is not None:
+    temperatures = [group.asked.request.caption_upsample_temperature for group in batch.groups]
+    if len(groups) == 1 or any(temperatures):
         # As the prompts of one run are encoded; what upsampled ones will be is not known yet.
         encodes = tuple(own_encode(group) for group in groups)
         groups = [replace(group, encode=number) for number, group in enumerate(groups)]

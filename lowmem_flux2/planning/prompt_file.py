@@ -2,6 +2,7 @@
 
     {"prompt": "a red circle", "width": 512, "height": 256, "seed": 7, "num_images": 2}
     {"prompt": "a fox in ink", "steps": 8, "guidance": 4, "negative_prompt": "colour"}
+    {"prompt": "a lighthouse", "caption_upsample": 0.15}
 
 What a line leaves out is what the flags say. A ``.jsonl`` file is JSONL, any other is text.
 """
@@ -9,8 +10,9 @@ What a line leaves out is what the flags say. A ``.jsonl`` file is JSONL, any ot
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,6 +33,7 @@ class PromptLine:
         num_images: images of this prompt.
         image: files of reference images.
         lora: each FILE or FILE:SCALE.
+        caption_upsample: temperature; 0 for the prompt as it is.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -44,6 +47,7 @@ class PromptLine:
     lora: tuple[str, ...] | None = None
     steps: int | None = None
     guidance: float | None = None
+    caption_upsample: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +101,18 @@ def _is_object(line: str) -> bool:
         return False
 
 
+def _once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's keys, none of which JSON would take the last of."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise UsageError(f"{where}: the key {twice!r} is there more than once")
+    return found
+
+
 def _parsed(line: str, where: str) -> PromptLine:
     try:
-        raw: Any = json.loads(line)
+        raw: Any = json.loads(line, object_pairs_hook=partial(_once, where))
     except ValueError as error:
         raise UsageError(f"{where}: not JSON: {error}") from None
     if not isinstance(raw, dict):
@@ -113,8 +126,11 @@ def _parsed(line: str, where: str) -> PromptLine:
     from pydantic import ValidationError
 
     try:
-        return _adapter().validate_json(json.dumps(raw), strict=True)
+        parsed = _adapter().validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "prompt"
         raise UsageError(f"{where}: {key}: {first['msg']}") from None
+    if not parsed.prompt.strip():
+        raise UsageError(f"{where}: the prompt is empty: say what to draw")
+    return parsed
