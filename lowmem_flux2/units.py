@@ -1,4 +1,4 @@
-"""Parse and print bytes and seconds. Sizes are int bytes everywhere else; text exists only at the edges.
+"""Parse and print bytes and seconds, check numbers. Sizes are int bytes everywhere else; text exists only at the edges.
 
 "GiB" is 2^30 and "GB" is 10^9 when parsed; printed sizes are always binary, so that they compare with what
 ``nvidia-smi`` and the allocator report.
@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
+from typing import SupportsFloat, SupportsIndex
 
 from lowmem_flux2.errors import UsageError
 
@@ -28,6 +30,21 @@ _FACTORS = {
     "tb": 10**12,
 }
 _BYTES = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*)\s*")
+
+
+def whole_number(name: str, given: SupportsIndex) -> int:
+    """A Python int, of numpy's too. Raises UsageError: anything else, 2.0 included."""
+    try:
+        return operator.index(given)
+    except TypeError:
+        raise UsageError(f"{name} must be a whole number, not {given!r}") from None
+
+
+def real_number(name: str, given: SupportsFloat) -> float:
+    """A Python float. Raises UsageError: no number, or one as text."""
+    if isinstance(given, str | bytes) or not hasattr(given, "__float__"):
+        raise UsageError(f"{name} must be a number, not {given!r}")
+    return float(given)
 
 
 def parse_bytes(text: str) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning.formats import ALIGNMENT_BYTES
+from lowmem_flux2.units import real_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Lora:
         """
         if not str(path):
             raise UsageError("--lora: there is no file name; write FILE or FILE:SCALE")
-        if not math.isfinite(scale):
+        if not math.isfinite(real_number(f"--lora {path}: the scale", scale)):
             raise UsageError(f"--lora {path}: the scale is {scale}, which is no finite number")
         return cls(str(Path(path).expanduser().absolute()), float(scale))
 

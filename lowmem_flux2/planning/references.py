@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_flux2.errors import UsageError
+from lowmem_flux2.units import whole_number
 
 if TYPE_CHECKING:  # Pillow is opened only where a picture is
     from PIL.Image import Image
@@ -85,7 +86,7 @@ def reference_of(name: str, width: int, height: int, multiple: int, bound_px: in
         raise UsageError(f"{name}: {width}x{height} is too small for a reference: at least {LEAST_SIDE_PX} px a side")
     if max(width, height) > MOST_ASPECT * min(width, height):
         raise UsageError(f"{name}: {width}x{height} is too long for a reference: at most {MOST_ASPECT}:1; crop it")
-    if not LEAST_BOUND_PX <= bound_px <= MOST_BOUND_PX:
+    if not LEAST_BOUND_PX <= whole_number("the image size", bound_px) <= MOST_BOUND_PX:
         raise UsageError(f"the image size must be {LEAST_BOUND_PX} to {MOST_BOUND_PX} px, not {bound_px}")
     return Reference(name, *reduced(width, height, multiple, bound_px), bound_px)
 

@@ -12,6 +12,7 @@ from lowmem_flux2.planning.adapter_file import adapters_of
 from lowmem_flux2.planning.adapters import Adapter, Lora
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.references import MOST_REFERENCES, Reference
+from lowmem_flux2.units import real_number, whole_number
 
 Preference = Literal["quality", "balanced", "speed", "memory"]
 
@@ -190,13 +191,18 @@ def make_request(
     """
     defaults = model.defaults
     own = references[0] if references else defaults
-    width = own.width if width is None else width
-    height = own.height if height is None else height
-    steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
-    guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
+    width = whole_number("width", own.width if width is None else width)
+    height = whole_number("height", own.height if height is None else height)
+    steps = whole_number("steps", defaults.num_inference_steps if num_inference_steps is None else num_inference_steps)
+    guidance = real_number("guidance", defaults.guidance_scale if guidance_scale is None else guidance_scale)
     length = defaults.max_sequence_length if max_sequence_length is None else max_sequence_length
+    length = whole_number("max-sequence-length", length)
+    num_images_per_prompt = whole_number("the number of images", num_images_per_prompt)
     if len(references) > MOST_REFERENCES:
         raise UsageError(f"{len(references)} reference images: at most {MOST_REFERENCES}")
+    for text in (*prompts, "" if negative_prompt is None else negative_prompt):
+        if not isinstance(text, str):
+            raise UsageError(f"a prompt must be text, not {text!r}")
     if not prompts or any(not prompt.strip() for prompt in prompts):
         raise UsageError("the prompt is empty: say what to draw with -p 'a red circle ...'")
     for prompt in (*prompts, negative_prompt or ""):
@@ -230,7 +236,7 @@ def make_request(
         width=width,
         height=height,
         num_inference_steps=steps,
-        guidance_scale=float(guidance),
+        guidance_scale=guidance,
         num_images_per_prompt=num_images_per_prompt,
         max_sequence_length=length,
         references=references,
@@ -241,7 +247,7 @@ def make_request(
 
 def _checked_temperature(temperature: float | None, model: ModelSpec, references: int) -> float | None:
     """None for 0 too, as in the stock pipeline."""
-    if not temperature:
+    if temperature is None or real_number("caption upsampling: the temperature", temperature) == 0:
         return None
     if not 0 < temperature <= MAX_TEMPERATURE:
         raise UsageError(f"caption upsampling: the temperature must be above 0 and at most {MAX_TEMPERATURE}; try 0.15")
@@ -260,7 +266,7 @@ def _checked_temperature(temperature: float | None, model: ModelSpec, references
 
 def image_seeds(seed: int | None, count: int) -> list[int]:
     """``seed + i`` for image i; a seed is drawn where none is given."""
-    first = secrets.randbelow(2**31) if seed is None else seed
+    first = secrets.randbelow(2**31) if seed is None else whole_number("the seed", seed)
     if not 0 <= first <= MAX_SEED - count:
         raise UsageError(f"the seed must be 0 to {MAX_SEED - count}, not {first}")
     return [first + index for index in range(count)]

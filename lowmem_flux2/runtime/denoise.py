@@ -186,7 +186,7 @@ class Denoiser:
         self._ropes.clear()
         for batch, texts in zip(left, texts_of, strict=True):
             steps = moments[len(latents[batch])]
-            embeds = prompt_embeds[batch]
+            embeds = prompt_embeds[batch] if hook is None else prompt_embeds[batch].clone()  # it may write to them
             done = self._run(
                 latents[batch], references, progress, timesteps, sigmas, steps, texts, embeds, hook, on_step
             )

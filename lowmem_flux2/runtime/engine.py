@@ -19,8 +19,8 @@ from lowmem_flux2.planning.planner import Selection, StreamFrom
 from lowmem_flux2.planning.references import Reference
 from lowmem_flux2.planning.sources import ModelSource, resolve_model
 from lowmem_flux2.planning.workload import Preference, Request, image_seeds, make_request, spec_of
+from lowmem_flux2.runtime import call
 from lowmem_flux2.runtime.cache import prompt_cache_limit
-from lowmem_flux2.runtime.call import check_alone, check_together, in_place_of_prompts, lora_scale, returned, rounded
 from lowmem_flux2.runtime.denoise import Generators
 from lowmem_flux2.runtime.device import torch_device
 from lowmem_flux2.runtime.download import with_weights
@@ -195,10 +195,10 @@ class Engine:
         multiple = self._source.spec.size_multiple
         return make_request(
             self._source.spec,
-            (prompt,) if isinstance(prompt, str) else tuple(prompt),
+            call.prompts_of(prompt),
             negative_prompt=negative_prompt,
-            width=rounded("width", width, multiple),
-            height=rounded("height", height, multiple),
+            width=call.rounded("width", width, multiple),
+            height=call.rounded("height", height, multiple),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
@@ -270,30 +270,30 @@ class Engine:
             DecodeFailed: the latents are done, and in the exception, but no picture could be made of them.
             DoesNotFit, CheckpointError, RunError: see ``lowmem_flux2.errors``.
         """
-        hook = None
-        if callback_on_step_end is not None:
-            hook = StepHook(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
+        hook = StepHook.of(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if from_latents is not None:
             asked = (prompt, image, image_size, negative_prompt, height, width, num_inference_steps, sigmas)
             given = (guidance_scale, generator, seed, latents, prompt_embeds, negative_prompt_embeds, plan)
             others = (attention_kwargs, text_encoder_out_layers)
             several = None if num_images_per_prompt == 1 else num_images_per_prompt
             files = (save_latents, max_sequence_length, several, loras, caption_upsample_temperature)
-            check_alone(*asked, *given, *others, *files)
+            call.check_alone(*asked, *given, *others, *files)
             saved, name = from_latents, "the latents"
             if isinstance(saved, str | Path):
                 saved, name = read_saved(Path(saved)), str(saved)
             if isinstance(saved, SavedLatents) and callback_on_step_end is not None:
                 raise UsageError("from_latents: these are denoised, so that no step calls back: leave out the callback")
             hooks = Inputs(hook=hook, interruption=interruption)
-            return returned(self.resume(saved, name, output_type, hooks), return_dict)
-        check_together(prompt, prompt_embeds, generator, seed, latents, output_type)
-        if sigmas is not None and num_inference_steps is None:
-            num_inference_steps = len(sigmas)
+            return call.returned(self.resume(saved, name, output_type, hooks), return_dict)
+        call.check_together(prompt, prompt_embeds, generator, seed, latents, output_type, plan)
+        schedule = call.sigmas_of(sigmas)
+        if schedule is not None and num_inference_steps is None:
+            num_inference_steps = len(schedule)
         if caption_upsample_temperature and prompt is None:
             raise UsageError("caption_upsample_temperature: there is no prompt to upsample, only its embeddings")
         if prompt is None:
-            prompt, max_sequence_length = in_place_of_prompts(prompt_embeds)
+            texts = (prompt_embeds, negative_prompt_embeds, max_sequence_length)
+            prompt, max_sequence_length = call.in_place_of_prompts(self._source.spec, guidance_scale, *texts)
         opened = None if image is None else pictures_of(image)
         references, pictures = prepare_references(opened, self._source.spec.size_multiple, image_size)
         request = self.request(
@@ -309,11 +309,11 @@ class Engine:
             loras=loras,
             caption_upsample_temperature=caption_upsample_temperature,
         )
-        scale = lora_scale(attention_kwargs, request.loras)
+        scale = call.lora_scale(attention_kwargs, request.loras)
         request = replace(
             request,
             loras=tuple(replace(lora, scale=lora.scale * scale) for lora in request.loras),
-            text_encoder_out_layers=None if text_encoder_out_layers is None else tuple(text_encoder_out_layers),
+            text_encoder_out_layers=call.layers_of(text_encoder_out_layers),
         )
         seeds: tuple[int | None, ...] = (None,) * request.num_images
         if generator is None and latents is None:
@@ -323,7 +323,7 @@ class Engine:
             latents=latents,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
-            sigmas=sigmas,
+            sigmas=schedule,
             hook=hook,
             references=pictures,
             interruption=interruption,
@@ -334,7 +334,7 @@ class Engine:
             plan = replay(plan, self._of(request), self._machine, request, "the given plan", self._selection)
         file = None if save_latents is None else Path(save_latents)
         made = self.run(request, plan or self.plan(request), inputs, seeds, output_type, file)
-        return returned(made, return_dict)
+        return call.returned(made, return_dict)
 
     def resume(
         self,

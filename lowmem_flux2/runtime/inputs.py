@@ -70,12 +70,26 @@ class Inputs:
     plan that made it: the ladder may have taken smaller tiles."""
 
 
+def check_tensor(name: str, given: object) -> None:
+    """Raises UsageError: no tensor, or one with NaN or infinity, which denoising would blame the weights for."""
+    if not isinstance(given, torch.Tensor):
+        raise UsageError(f"{name}: give a tensor, not a {type(given).__name__}")
+    if not bool(torch.isfinite(given).all()):
+        raise UsageError(f"{name}: there is NaN or infinity in it")
+
+
 def check_inputs(model: ModelSpec, request: Request, inputs: Inputs) -> None:
     """Compare what the caller hands over with the request, before anything is fetched or loaded.
 
     Raises:
-        UsageError: a wrong number of generators or sigmas, or a wrong shape.
+        UsageError: a wrong number of generators or sigmas, a wrong shape, or what is no tensor or generator at all.
     """
+    for name in ("latents", "prompt_embeds", "negative_prompt_embeds"):
+        if getattr(inputs, name) is not None:
+            check_tensor(name, getattr(inputs, name))
+    for one in inputs.generators if isinstance(inputs.generators, Sequence) else (inputs.generators,):
+        if not isinstance(one, torch.Generator | None):
+            raise UsageError(f"generator: {one!r} is no torch.Generator; a number goes into seed")
     shapes = [(one.height, one.width, 3) for one in request.references]
     if inputs.references and [tuple(picture.shape) for picture in inputs.references] != shapes:
         raise UsageError(f"reference pictures have other shapes than the request's, {shapes}")
@@ -95,9 +109,16 @@ def check_inputs(model: ModelSpec, request: Request, inputs: Inputs) -> None:
     width = model.text_encoder.joint_dim
     for name in ("prompt_embeds", "negative_prompt_embeds"):
         embeds = getattr(inputs, name)
+        if embeds is not None and not embeds.is_floating_point():
+            raise UsageError(f"{name} are of {embeds.dtype}: give floating-point numbers")
         if embeds is not None and (embeds.ndim != 3 or embeds.shape[::2] != (len(request.prompts), width)):
             needed = f"({len(request.prompts)}, tokens, {width})"
             raise UsageError(f"{name} have the shape {tuple(embeds.shape)}, this request needs {needed}")
+        if embeds is not None and embeds.shape[1] > request.max_sequence_length:
+            raise UsageError(
+                f"{name} have {embeds.shape[1]} tokens, the request has {request.max_sequence_length}: "
+                "give that many with max_sequence_length"
+            )
 
 
 def batches_to_encode(request: Request, plan: Plan, inputs: Inputs | None = None) -> list[Batch]:

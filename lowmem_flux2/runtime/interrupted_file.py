@@ -51,6 +51,7 @@ class InterruptedRun:
         sigmas: the caller's schedule; None for the pipeline's own.
         weights: which transformer it was; see ``weights_of``.
         kept: what the step cache held of the batch under way, by the names of ``step_cache.Reuse.tensors``.
+        changed_embeds: (images of the batch under way, tokens, joint_dim), where a step's callback has replaced them.
         reference_latents, reference_ids: of ``References``, where there are any; the ids in fp32, which holds them.
     """
 
@@ -66,6 +67,7 @@ class InterruptedRun:
     reference_latents: torch.Tensor | None = None
     reference_ids: torch.Tensor | None = None
     kept: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    changed_embeds: torch.Tensor | None = None
 
     @property
     def inputs(self) -> Inputs:
@@ -80,7 +82,7 @@ class InterruptedRun:
             prompt_embeds=self.prompt_embeds,
             negative_prompt_embeds=self.negative_prompt_embeds,
             sigmas=self.sigmas,
-            progress=Progress(done, self.under_way, self.step, saved=self.kept),
+            progress=Progress(done, self.under_way, self.step, saved=self.kept, embeds=self.changed_embeds),
             encoded_references=references,
         )
 
@@ -105,6 +107,7 @@ _TENSORS = (
     "under_way",
     "reference_latents",
     "reference_ids",
+    "changed_embeds",
 )
 
 
@@ -140,6 +143,7 @@ def interrupted_run(
         reference_latents=None if done.references is None else done.references.latents,
         reference_ids=None if done.references is None else done.references.ids.to(torch.float32),
         kept={name: tensor.to("cpu") for name, tensor in held.items()},
+        changed_embeds=None if progress.embeds is None else progress.embeds.to("cpu"),
     )
 
 
@@ -169,6 +173,7 @@ def read_saved(path: Path) -> SavedLatents | InterruptedRun:
             tensors.get("reference_latents"),
             tensors.get("reference_ids"),
             {name.removeprefix(KEPT): tensor for name, tensor in tensors.items() if name.startswith(KEPT)},
+            tensors.get("changed_embeds"),
         )
     except (ValueError, KeyError, TypeError, UsageError) as error:
         raise CheckpointBroken(f"{path} is not an interrupted run that this version wrote: {error}") from error

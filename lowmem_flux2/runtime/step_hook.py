@@ -28,6 +28,20 @@ class StepHook:
     callback: StepCallback
     tensor_inputs: Sequence[str] = ("latents",)
 
+    @classmethod
+    def of(cls, callback: StepCallback | None, tensor_inputs: Sequence[str]) -> StepHook | None:
+        """None where there is no callback.
+
+        Raises:
+            UsageError: none that can be called, or a tensor that none is given.
+        """
+        if not isinstance(tensor_inputs, list | tuple):
+            raise UsageError(f"callback_on_step_end_tensor_inputs: give a list of names, not {tensor_inputs!r}")
+        if callback is not None and not callable(callback):
+            raise UsageError(f"callback_on_step_end: {callback!r} cannot be called")
+        hook = cls(callback or _nothing, tuple(tensor_inputs))
+        return None if callback is None else hook
+
     def __post_init__(self) -> None:
         """Raises UsageError: a tensor that no callback is given."""
         unknown = [name for name in self.tensor_inputs if name not in TENSOR_INPUTS]
@@ -41,16 +55,26 @@ class StepHook:
         """The latents and the prompts' embeddings to go on with.
 
         Raises:
-            UsageError: it replaced something else, or embeddings by some of another shape.
+            UsageError: it replaced something else, or by what is no tensor of the same shape.
         """
         given = {name: tensors[name] for name in self.tensor_inputs}
-        changed = dict(self.callback(denoiser, step, timestep, dict(given)) or {})
+        returned = self.callback(denoiser, step, timestep, dict(given))
+        if not isinstance(returned, Mapping | None):
+            raise UsageError(f"the step callback gave a {type(returned).__name__}: a dict of tensors, or None")
+        changed = dict(returned or {})
         latents, embeds = (changed.pop(name, tensors[name]) for name in TENSOR_INPUTS)
         if changed:
             raise UsageError(
                 f"the step callback may change only {' and '.join(TENSOR_INPUTS)}, not {', '.join(changed)}"
             )
-        shape, wanted = tuple(embeds.shape), tuple(tensors["prompt_embeds"].shape)
-        if shape != wanted:
-            raise UsageError(f"the step callback gave prompt_embeds of the shape {shape}, not {wanted}")
+        for name, tensor in zip(TENSOR_INPUTS, (latents, embeds), strict=True):
+            wanted = tuple(tensors[name].shape)
+            if not isinstance(tensor, torch.Tensor):
+                raise UsageError(f"the step callback gave {name} that are a {type(tensor).__name__}: give a tensor")
+            if tuple(tensor.shape) != wanted:
+                raise UsageError(f"the step callback gave {name} of the shape {tuple(tensor.shape)}, not {wanted}")
         return latents, embeds
+
+
+def _nothing(*_: object) -> None:
+    """Stands for a callback while the tensors' names alone are checked."""

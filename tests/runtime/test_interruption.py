@@ -81,6 +81,34 @@ def test_a_run_goes_on_after_any_step(
     assert np.array_equal(engine.generate(from_latents=stopped.latents, output_type="np").images, whole.images)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_run_goes_on_with_the_text_that_a_callback_has_changed(
+    in_place: bool, tiny_dev: Path, tmp_path: Path
+) -> None:
+    """Of the batch that was under way alone: the next batch is of the same prompt."""
+    engine, interruption = Engine(str(tiny_dev), dtype="fp32", batch_size=1), Interruption()
+    asked = {**ASKED, "num_images_per_prompt": 2, "output_type": "np"}
+    steps: list[int] = []
+
+    def weaken(_: object, step: int, __: object, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        steps.append(step)
+        if len(steps) > 1:
+            return tensors
+        return {"prompt_embeds": tensors["prompt_embeds"].mul_(0.5) if in_place else tensors["prompt_embeds"] * 0.5}
+
+    def stop(*given: Any) -> dict[str, torch.Tensor]:
+        interruption.ask()
+        return weaken(*given)
+
+    wanted = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    whole = engine.generate(PROMPTS[:1], **asked, **wanted, callback_on_step_end=weaken)
+    steps.clear()
+    with pytest.raises(Interrupted) as stopped:
+        engine.generate(PROMPTS[:1], **asked, **wanted, callback_on_step_end=stop, interruption=interruption)
+    file = stopped.value.run.save(tmp_path / "a.safetensors")
+    assert np.array_equal(engine.generate(from_latents=file, output_type="np").images, whole.images)
+
+
 def test_a_run_is_interrupted_twice(tiny_dev: Path) -> None:
     engine = Engine(str(tiny_dev), dtype="fp32", batch_size=1)
     sigmas = [1.0, 0.6, 0.3]

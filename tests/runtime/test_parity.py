@@ -129,6 +129,19 @@ def test_missing_negative_embeddings_are_those_of_the_empty_prompt(folders: dict
     assert torch.equal(made.images, stock("klein", "fp32")(**asked, generator=seeded(1)[0]).images)
 
 
+@pytest.mark.parametrize(("tokens", "negative_tokens"), [(48, 64), (64, 48), (48, None)])
+def test_embeddings_of_unequal_length_equal_the_stock_pipelines(
+    tokens: int, negative_tokens: int | None, folders: dict[str, Path], stock: Stock
+) -> None:
+    """A negative prompt without embeddings is of ``max_sequence_length``, by default 512, whatever the others are."""
+    asked = arguments(prompt=None, prompt_embeds=embeddings("fp32", 1, 0)[:, :tokens], max_sequence_length=None)
+    if negative_tokens is not None:
+        asked["negative_prompt_embeds"] = embeddings("fp32", 1, 1)[:, :negative_tokens]
+    made = Engine(str(folders["klein"]), dtype="fp32").generate(**asked, generator=seeded(1)[0])
+    assert torch.equal(made.images, stock("klein", "fp32")(**asked, generator=seeded(1)[0]).images)
+    assert made.report.plan.workload.text_tokens == (512 if negative_tokens is None else 64)
+
+
 def test_negative_prompt_is_what_its_embeddings_say(folders: dict[str, Path], stock: Stock) -> None:
     negative, _ = stock("klein", "fp32").encode_prompt(OTHER, max_sequence_length=TEXT_TOKENS)
     positive, _ = stock("klein", "fp32").encode_prompt(PROMPT, max_sequence_length=TEXT_TOKENS)
