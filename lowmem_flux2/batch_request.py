@@ -11,6 +11,7 @@ from pathlib import Path
 from lowmem_flux2.arguments import Asked, resolve
 from lowmem_flux2.errors import CheckpointError, UsageError
 from lowmem_flux2.flags import FitFlags, RequestFlags
+from lowmem_flux2.planning.adapter_file import read_adapter
 from lowmem_flux2.planning.batches import prompt_batches
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.plan import Plan
@@ -89,6 +90,8 @@ def batch_request(
             line = _with_line(flags, first.line)
             stand_in = "(no prompt)" if to_plan else ""
             asked = resolve(line, fit, selection, (first.line.prompt,), without_prompt=stand_in, cache=cache)
+            for lora in asked.request.loras if first.line.lora else ():
+                read_adapter(lora, asked.source.spec)  # else planning would find what is wrong, and know no line
         except (UsageError, CheckpointError) as error:
             own = _OVERRIDES if isinstance(error, UsageError) else ("lora",)  # the model is the flags'
             if first.where == "-p" or all(getattr(first.line, key) is None for key in own):
