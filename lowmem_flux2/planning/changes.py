@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass, fields, replace
+from math import sqrt
 from typing import Any
 
 from lowmem_flux2.planning.configs import spec_from_configs
@@ -38,8 +39,12 @@ class Change:
     bound_px: int = 0
 
     def smaller(self, side: int) -> Change:
-        tokens = (side // self.model.size_multiple) ** 2
-        return replace(self, workload=replace(self.workload, width=side, height=side, image_tokens=tokens))
+        """The picture in its own shape, of at most so many pixels squared."""
+        work, multiple = self.workload, self.model.size_multiple
+        scale = side / sqrt(work.width * work.height)
+        width, height = (max(int(length * scale) // multiple, 1) for length in (work.width, work.height))
+        smaller = replace(work, width=width * multiple, height=height * multiple, image_tokens=width * height)
+        return replace(self, workload=smaller)
 
     def with_small_references(self, bound_px: int) -> Change:
         """Reference images of at most so many pixels squared; the picture's own size is kept."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from lowmem_flux2.planning.adapters import kept_bytes
-from lowmem_flux2.planning.bars import bar, device_parts, host_parts, legend, step_lanes
+from lowmem_flux2.planning.bars import bars, device_parts, host_parts, legend, step_lanes
 from lowmem_flux2.planning.batches import batch_sizes
 from lowmem_flux2.planning.cost import stage_cost
 from lowmem_flux2.planning.formats import DTYPE_BYTES
@@ -21,6 +21,8 @@ from lowmem_flux2.planning.upsampling import NEW_TOKENS
 from lowmem_flux2.planning.workload import token_counts
 from lowmem_flux2.units import GIB, format_bytes, format_seconds
 
+NARROW = 96
+"""Columns below which the table has less space between its own, and breaks what says where blocks are."""
 BOTTLENECK_WORDS = {"compute": "compute", "link": "h2d link", "disk": "disk", "load": "loading"}
 
 
@@ -30,10 +32,26 @@ def explain(plan: Plan, model: ModelSpec, improvements: Sequence[str] = ()) -> R
     Args:
         improvements: what would help, see ``improvements``.
     """
-    lines = [*_bars(plan), Text(), *map(Text, step_lanes(plan, model)), Text(), *_reasons(plan)]
+    words = _reasons(plan)
     if improvements:
-        lines.append(Text("what would help: " + "; ".join(improvements), style="bold"))
-    return Group(_headline(plan, model), Text(), _stages(plan), Text(), *lines)
+        words.append(Text("what would help: " + "; ".join(improvements), style="bold"))
+    return Group(_headline(plan, model), Text(), _Drawn(plan, model), Text(), *words)
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """The table, bars and lanes, as wide as the terminal has room for."""
+
+    plan: Plan
+    model: ModelSpec
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        columns = options.max_width
+        yield _stages(self.plan, is_narrow=columns < NARROW)
+        yield Text()
+        yield from _bars(self.plan, columns)
+        yield Text()
+        yield from map(Text, step_lanes(self.plan, self.model, columns))
 
 
 def _headline(plan: Plan, model: ModelSpec) -> Text:
@@ -106,11 +124,13 @@ def _of(part_bytes: int, whole_bytes: int) -> str:
     return f"{part_bytes / GIB:.2f}/{whole_bytes / GIB:.2f} GiB"
 
 
-def _stages(plan: Plan) -> Table:
-    table = Table(show_edge=False, pad_edge=False, box=None)
+def _stages(plan: Plan, *, is_narrow: bool) -> Table:
+    table = Table(show_edge=False, pad_edge=False, box=None, collapse_padding=is_narrow)
     left = ("stage", "weights", "compute", "most time")
-    for heading in ("stage", "weights", "compute", "gpu/pin/page/disk", "batch", "load", "run", "most time"):
-        table.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
+    where = "gpu/pin/ page/disk" if is_narrow else "gpu/pin/page/disk"
+    for heading in ("stage", "weights", "compute", where, "batch", "load", "run", "most time"):
+        is_whole = heading != where or not is_narrow
+        table.add_column(heading, justify="left" if heading in left else "right", no_wrap=is_whole)
     for stage in plan.stages:
         counts = "/".join(str(stage.count(placement)) for placement in Placement) if stage.block_placements else "whole"
         if plan.is_cached(stage):
@@ -131,15 +151,14 @@ def _stages(plan: Plan) -> Table:
     return table
 
 
-def _bars(plan: Plan) -> list[Text]:
+def _bars(plan: Plan, columns: int) -> list[Text]:
     """Memory by kind against the budget: the compute device's, and beside a GPU the host's."""
     on_gpu = plan.hardware.device == "cuda"
     budgets = [("VRAM", plan.limits.vram_bytes, device_parts), ("RAM", plan.limits.ram_bytes, host_parts)]
     lines = []
-    width = max(len(stage.stage) for stage in plan.stages)
     for where, cap, parts in budgets if on_gpu else [("RAM", plan.limits.ram_bytes, device_parts)]:
         lines.append(Text(f"{where} of {format_bytes(cap)}:  {legend(parts(plan.stages[0]))}", style="dim"))
-        lines += [Text(bar(f"{stage.stage:{width}}", parts(stage), cap)) for stage in plan.stages]
+        lines += map(Text, bars([(stage.stage, parts(stage)) for stage in plan.stages], cap, columns))
     return lines
 
 

@@ -69,11 +69,7 @@ def _more_ram(plan: Plan, asked: Change, support: Support) -> Iterator[str]:
 def _smaller(plan: Plan, asked: Change, support: Support) -> Iterator[str]:
     work = plan.workload
     sides = [side for side in SIDES_PX if side * side < work.width * work.height][:1]
-    encode, denoise = plan.stage("encode"), plan.stage("denoise")
-    same = asked.with_choice("weight_format", denoise.weight_format)
-    if all(stage.weight_format == encode.weight_format for stage in plan.stages if stage.stage == "upsample"):
-        same = same.with_choice("text_weight_format", encode.weight_format)
-    for other in _planned([same.smaller(side) for side in sides], plan, support):
+    for other in _planned([asked.smaller(side) for side in sides], plan, support):
         streamed = other.stage("denoise").streamed
         held = "" if streamed == plan.stage("denoise").streamed else f", {streamed} blocks streamed"
         yield f"{other.workload.width}x{other.workload.height}: {_gain(plan, other)}{held}"

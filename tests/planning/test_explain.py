@@ -20,6 +20,7 @@ from lowmem_flux2.planning.selection import Selection
 from lowmem_flux2.planning.stage_work import stage_work
 from lowmem_flux2.planning.support import EVERYTHING
 from lowmem_flux2.planning.waits import steady_round
+from lowmem_flux2.planning.workload import make_request, workload_of
 from lowmem_flux2.units import GIB, format_seconds
 
 
@@ -60,13 +61,17 @@ def test_it_is_one_screen_of_40_lines_and_100_columns(profile: str, ram_gib: int
 
 @pytest.mark.parametrize("prefer", ["balanced", "memory"])
 def test_with_everything_asked_for_it_is_no_more_than_52_lines(prefer: str) -> None:
-    """Five stages, two reference images, four images in batches, chunks, a cache with a long name."""
+    """Five stages, two reference images, four images in batches, chunks, a cache with a long name; 80 columns too."""
     model, selection = spec(DEV), Selection(prefer=prefer, step_cache="taylor:interval=3,order=2")  # type: ignore[arg-type]
     workload = replace(work(DEV, 1024, 4, references=2), upsample_temperature=0.15)
     plan = make_plan(model, workload, machine("rtx-2060-6gb", 16), selection, profile="rtx-2060-6gb")
     lines = shown(plan, 100, improvements_of(plan, model, selection)).splitlines()
     assert len(lines) <= 52
-    assert "…" not in "".join(lines)
+    narrow = shown(plan, 80, improvements_of(plan, model, selection)).splitlines()
+    assert "…" not in "".join([*lines, *narrow])
+    assert all(len(line.rstrip()) <= 80 for line in narrow)
+    for line in narrow:  # none is broken over two lines
+        assert line.count("|") != 1 and (line.count("|") != 2 or "GiB: " in line or "%" in line)
 
 
 @pytest.mark.parametrize("profile", ["rtx-3060-12gb", "cpu"])
@@ -190,10 +195,30 @@ def test_no_ram_is_offered_where_nothing_rests_on_disk() -> None:
     assert not any("RAM" in line for line in helps(KLEIN_9B, "rtx-4090-24gb", 64, placement="resident"))
 
 
-def test_a_smaller_picture_keeps_the_formats() -> None:
-    words = next(line for line in helps(DEV, "rtx-3060-12gb", 64) if line.startswith("768x768"))
-    assert "instead of bf16" not in words
-    assert "a step instead of" in words
+@pytest.mark.parametrize(
+    ("name", "profile", "width", "height", "limits", "smaller"),
+    [
+        (DEV, "rtx-3060-12gb", 1024, 1024, {}, (768, 768)),
+        (KLEIN_9B, "rtx-4060-laptop-8gb", 2048, 512, {}, (1536, 384)),
+        (KLEIN_BASE, "a100-80gb", 1376, 768, {"max_vram_bytes": 2 * GIB}, (1024, 560)),  # then in int8, not bf16
+    ],
+)
+def test_a_smaller_picture_is_of_the_same_shape_and_is_what_is_planned_then(
+    name: str, profile: str, width: int, height: int, limits: dict[str, int], smaller: tuple[int, int]
+) -> None:
+    model, selection = spec(name), Selection(**limits)  # type: ignore[arg-type]
+
+    def planned(width: int, height: int) -> Plan:
+        request = make_request(model, ("x",), width=width, height=height)
+        return make_plan(model, workload_of(request, model), machine(profile, 64), selection, profile=profile)
+
+    plan, then = planned(width, height), planned(*smaller)
+    words = next(line for line in improvements_of(plan, model, selection) if line[0].isdigit())
+    before_s, after_s = (each.stage("denoise").cost.run_s / each.workload.steps for each in (plan, then))
+    assert words.startswith(f"{smaller[0]}x{smaller[1]}: ")
+    assert f"{format_seconds(after_s)} a step instead of {format_seconds(before_s)}" in words
+    formats = [each.stage("denoise").weight_format for each in (then, plan)]
+    assert (f"{formats[0]} instead of {formats[1]}" in words) == (formats[0] != formats[1])
 
 
 def test_another_preference_is_offered_only_for_what_it_wins() -> None:
