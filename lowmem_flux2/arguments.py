@@ -17,7 +17,7 @@ from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.planner import Selection
 from lowmem_flux2.planning.prompt_file import PromptLine, read_prompt_file
 from lowmem_flux2.planning.references import STOCK_BOUND_PX, references_of
-from lowmem_flux2.planning.sources import EMBEDDED, ModelSource, resolve_model
+from lowmem_flux2.planning.sources import EMBEDDED, ModelSource, check_revision, resolve_model
 from lowmem_flux2.planning.workload import Request, make_request, spec_of
 from lowmem_flux2.units import parse_bytes
 
@@ -66,7 +66,7 @@ def resolve(
         without_prompt: stands for a prompt where only the size of the work matters; then sizes may stand for
             reference images too.
     """
-    model = flags.model or EMBEDDED
+    model = EMBEDDED if flags.model is None else flags.model
     source = resolve_model(
         model,
         revision=flags.revision,
@@ -76,6 +76,7 @@ def resolve(
         tokenizer=flags.tokenizer,
         cache=cache,
     )
+    check_revision(source, flags.revision)
     out_layers = _layers(flags.text_encoder_out_layers)
     source = replace(source, spec=spec_of(source.spec, out_layers))
     if flags.image_size is not None and not flags.image:
@@ -97,8 +98,6 @@ def resolve(
         caption_upsample_temperature=flags.caption_upsample,
     )
     request = replace(request, text_encoder_out_layers=out_layers)
-    if flags.revision is not None and source.kind != "hub":
-        raise UsageError(f"--revision {flags.revision}: {model} is not on the hub; leave the flag out")
     machine = resolve_machine(fit.profile, fit.device, selection.max_ram_bytes)
     check_caps(selection, machine)
     return Asked(model, source, machine, request, selection)

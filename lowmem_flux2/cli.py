@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -185,8 +186,11 @@ def plan(
         from lowmem_flux2.planning.hardware import list_profiles
         from lowmem_flux2.tables import MODELS, document
 
+        typed = (replace(flags, model=None), replace(fit, profile="auto"), as_json, pareto, cache_dir)
+        if typed != (RequestFlags(), FitFlags(), False, False, None):
+            raise UsageError("--table plans each model's own defaults: leave out all flags but -m and --profile")
         profiles = list_profiles() if fit.profile == "auto" else [fit.profile]
-        sys.stdout.write(document(profiles, [flags.model] if flags.model else MODELS))
+        sys.stdout.write(document(profiles, MODELS if flags.model is None else [flags.model]))
         return
     from lowmem_flux2.planned import print_plans
 

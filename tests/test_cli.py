@@ -81,6 +81,7 @@ def _fails(ran: Ran, code: int, *said: str) -> None:
         (["-p", "x", "-o", "x" * 300 + ".png"], "longer"),
         (["-p", "x\udcff"], "UTF-8"),
         (["-p", "x", "--revision", "main"], "--revision"),
+        (["-p", "x", "-m", ""], "model: give a name"),
         (["-p", "x", "--max-vram", "8GiB"], "--max-ram"),
         (["-p", "x", "--no-such-flag"], "--no-such-flag"),
         (["-p", "x", "--weight-format", "q4_k"], "q4_k"),
@@ -225,6 +226,11 @@ def test_a_table_of_plans_for_one_card_and_model(run: Run) -> None:
     lines = [line for line in ran.out.splitlines() if line.startswith("| rtx")]
     assert lines
     assert all(line.startswith("| rtx-4090-24gb | klein-4b |") for line in lines)
+
+
+@pytest.mark.parametrize("flags", [["--json"], ["--pareto"], ["-W", "512"], ["-p", "x"], ["--max-ram", "8GiB"]])
+def test_a_table_takes_no_other_flags(run: Run, flags: list[str]) -> None:
+    _fails(run("plan", "--table", *flags), 2, "leave out all flags but -m and --profile")
 
 
 def test_dry_run_loads_and_writes_nothing(run: Run) -> None:

@@ -63,7 +63,7 @@ def lora_files(given: Sequence[LoraLike]) -> tuple[Lora, ...]:
     """LoRAs as a Python caller may give them: a file, a pair of file and scale, or text as on the command line.
 
     Raises:
-        UsageError: one alone, which would be read letter by letter; or as ``Lora.parse``.
+        UsageError: one alone, which would be read letter by letter; something else; or as ``Lora.parse``.
     """
     if isinstance(given, str | Path | Lora):
         raise UsageError("loras: give a list of them, even for one")
@@ -75,8 +75,10 @@ def lora_files(given: Sequence[LoraLike]) -> tuple[Lora, ...]:
             made.append(Lora.parse(one))
         elif isinstance(one, Path):
             made.append(Lora.of(one, 1.0))
-        else:
+        elif isinstance(one, tuple) and len(one) == 2:
             made.append(Lora.of(*one))
+        else:
+            raise UsageError(f"loras: give files, or pairs of file and scale, not {one!r}")
     return tuple(made)
 
 

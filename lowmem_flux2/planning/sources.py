@@ -121,6 +121,12 @@ class ModelSource:
     single: SingleFile | None = None
 
 
+def check_revision(source: ModelSource, asked: str | None) -> None:
+    """Raises UsageError: a revision of what is not on the hub."""
+    if asked is not None and source.kind != "hub":
+        raise UsageError(f"--revision {asked}: {source.name} is not on the hub; leave it out")
+
+
 def resolve_model(
     model: str,
     *,
@@ -147,11 +153,13 @@ def resolve_model(
         cache: our own cache folder, where a single file and its parts are linked into one folder.
 
     Raises:
-        UsageError: parts for a model that has its own.
+        UsageError: parts for a model that has its own, or no name at all.
         CheckpointMissing: no such name, folder or repository, or not in the cache while offline.
         CheckpointAccess: the repository is gated and this user has no access (yet).
         CheckpointBroken: configs or weight files are unusable or do not belong together.
     """
+    if not isinstance(model, str | Path) or not str(model):
+        raise UsageError(f"model: give a name, a folder, a file or a hub id, not {model!r}")
     name, path = _SYNONYMS.get(model, model), Path(model).expanduser()
     if name not in MODEL_NAMES and path.is_file():
         from lowmem_flux2.planning.single_file import resolve_file  # it stands above this module

@@ -42,7 +42,9 @@ def prompt_cache_limit(given: int | str | None = None) -> int:
     if given is None or given == "":
         return PROMPT_CACHE_BYTES
     if isinstance(given, int):
-        return max(given, 0)
+        if given < 0:
+            raise UsageError(f"prompt_cache: {given} bytes: 0 for none, or more")
+        return given
     if given.strip().lower() in ("off", "0"):
         return 0
     try:

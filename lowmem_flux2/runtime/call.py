@@ -17,7 +17,16 @@ from lowmem_flux2.planning.workload import guidance_passes
 from lowmem_flux2.runtime.generation import Generation
 from lowmem_flux2.runtime.images import OUTPUT_TYPES
 from lowmem_flux2.runtime.inputs import check_tensor
-from lowmem_flux2.units import real_number, whole_number
+from lowmem_flux2.units import parse_bytes, real_number, whole_number
+
+
+def size_of(name: str, size: int | str | None) -> int | None:
+    """Bytes, of text too. Raises UsageError: no size, or nothing at all."""
+    if size is None or isinstance(size, str):
+        return None if size is None else parse_bytes(size)
+    if whole_number(name, size) <= 0:
+        raise UsageError(f"{name} must be above 0 bytes, not {size}")
+    return size
 
 
 def check_alone(*given: object) -> None:

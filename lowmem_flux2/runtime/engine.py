@@ -17,7 +17,7 @@ from lowmem_flux2.planning.job import AUTO, Machine, plan_job, replay, resolve_m
 from lowmem_flux2.planning.plan import Plan
 from lowmem_flux2.planning.planner import Selection, StreamFrom
 from lowmem_flux2.planning.references import Reference
-from lowmem_flux2.planning.sources import ModelSource, resolve_model
+from lowmem_flux2.planning.sources import ModelSource, check_revision, resolve_model
 from lowmem_flux2.planning.workload import Preference, Request, image_seeds, make_request, spec_of
 from lowmem_flux2.runtime import call
 from lowmem_flux2.runtime.cache import prompt_cache_limit
@@ -37,7 +37,7 @@ from lowmem_flux2.runtime.running import Running
 from lowmem_flux2.runtime.step_hook import StepCallback, StepHook
 from lowmem_flux2.runtime.upsample import seed_of
 from lowmem_flux2.runtime.vision import seen_of
-from lowmem_flux2.units import parse_bytes
+from lowmem_flux2.units import whole_number
 
 __all__ = ["Engine", "Generation"]
 
@@ -112,9 +112,9 @@ class Engine:
             placement=placement,
             vae_tile=str(vae_tile),
             step_cache=step_cache,
-            batch_size=batch_size,
-            max_vram_bytes=_size(max_vram),
-            max_ram_bytes=_size(max_ram),
+            batch_size=whole_number("batch_size", batch_size),
+            max_vram_bytes=call.size_of("max_vram", max_vram),
+            max_ram_bytes=call.size_of("max_ram", max_ram),
         )
         cache = Path(cache_dir) if cache_dir is not None else None
         self._source = resolve_model(
@@ -126,6 +126,7 @@ class Engine:
             tokenizer=tokenizer,
             cache=cache,
         )
+        check_revision(self._source, revision)
         self._machine = resolve_machine(profile, device, self._selection.max_ram_bytes)
         self._running = Running(
             device=self._machine.device_name,
@@ -391,7 +392,3 @@ class Engine:
         self._source = with_weights(self._source, offline=self._running.offline)
         source = with_layers_of(self._of(job.request), job, self._running.offline)
         return carry_out(job, source, self._running, self._observer)
-
-
-def _size(size: int | str | None) -> int | None:
-    return parse_bytes(size) if isinstance(size, str) else size

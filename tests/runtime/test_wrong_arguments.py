@@ -74,3 +74,19 @@ def test_values_of_another_kind_are_refused(tiny_klein: Path, monkeypatch: pytes
 def test_what_a_callback_may_not_return(returned: Any, said: str, tiny_klein: Path) -> None:
     with pytest.raises(UsageError, match=said):
         Engine(str(tiny_klein)).generate("a dog", **ASKED, callback_on_step_end=lambda *_: returned)
+
+
+def test_what_no_engine_can_be_made_of(tiny_klein: Path) -> None:
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"model": None}, "model: give a name"),
+        ({"model": ""}, "model: give a name"),
+        ({"revision": "main"}, "not on the hub"),
+        ({"batch_size": 1.5}, "batch_size must be a whole number"),
+        ({"max_ram": 0}, "max_ram must be above 0 bytes"),
+        ({"max_ram": 1.5e9}, "max_ram must be a whole number"),
+        ({"prompt_cache": -1}, "prompt_cache: -1 bytes"),
+        ({"loras": [3]}, "loras: give files"),
+    ]
+    for changed, said in wrong:
+        with pytest.raises(UsageError, match=said):
+            Engine(**{"model": str(tiny_klein), **changed})
