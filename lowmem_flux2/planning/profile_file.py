@@ -176,7 +176,10 @@ def _keys_of(annotation: object) -> tuple[str, ...]:
     """Keys of a field that is a table (or an optional one); none for a plain value."""
     kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     return tuple(
-        key for kind in kinds if isinstance(kind, type) and issubclass(kind, _Table) for key in kind.model_fields
+        field.alias or key
+        for kind in kinds
+        if isinstance(kind, type) and issubclass(kind, _Table)
+        for key, field in kind.model_fields.items()
     )
 
 
@@ -189,7 +192,12 @@ _KEYS = {"": tuple(ProfileFile.model_fields)} | {
 def numbers_of(parsed: ProfileFile) -> list[str]:
     """Dotted keys of the file that carry a number, in file order: each needs a source."""
     tables = ((name, getattr(parsed, name)) for name in _KEYS if name not in ("", "calibration"))
-    present = [f"{name}.{key}" for name, table in tables if table is not None for key in table.model_fields_set]
+    present = [
+        f"{name}.{key}"
+        for name, table in tables
+        if table is not None
+        for key in table.model_dump(by_alias=True, exclude_unset=True)
+    ]
     order = [f"{name}.{key}" for name in _KEYS for key in _KEYS[name]]
     return sorted(set(present) - {"gpu.nvml_names"}, key=order.index)
 
