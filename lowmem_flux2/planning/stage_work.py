@@ -241,7 +241,8 @@ def _upsample_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardw
         for linear, attention in (token_flops(dims, prompts), layer_flops(model, padded, prompts))
     )
     before = before_weights(hardware)
-    before["first_ns"] += dims.num_layers * max(prompt_ns - token_ns, 0)
+    # Whole, though the first token comes with it: what it takes longer than a token grows as tokens take less.
+    before["first_ns"] += dims.num_layers * prompt_ns
     head = fmt.plain_bytes(dims.embedding_weights, dtype_bytes)
     head_s = max(
         2 * prompts * dims.embedding_weights / compute_rate(hardware, stage.compute_dtype),

@@ -11,8 +11,9 @@ from machines import DEV, KLEIN_9B, SUPPORTED, machine, spec, work
 
 from lowmem_flux2.errors import PlanMismatch, UsageError
 from lowmem_flux2.planning.changes import Change
+from lowmem_flux2.planning.cost import stage_cost
 from lowmem_flux2.planning.ladder import next_format, next_rung, peak_bytes
-from lowmem_flux2.planning.plan import Plan, StagePlan
+from lowmem_flux2.planning.plan import Placement, Plan, StagePlan
 from lowmem_flux2.planning.planner import make_plan
 from lowmem_flux2.planning.references import Reference
 from lowmem_flux2.planning.replay import check_replay
@@ -49,6 +50,24 @@ def test_it_is_there_only_when_asked_for_and_changes_no_other_stage(prefer: Any)
     )
     assert len(upsample.block_placements) == spec(DEV).text_encoder.num_layers == 40
     assert with_it.peak_vram_bytes <= with_it.limits.vram_bytes
+
+
+@pytest.mark.parametrize("rate", ["memory_bytes_per_s", "matmul_flops_per_s"])
+def test_a_faster_machine_never_makes_it_slower(rate: str) -> None:
+    """Also where the tokens hide behind the disk, so that what they save is saved of nothing."""
+    stage = replace(
+        StagePlan.bare("upsample", "bf16", "bf16"),
+        block_placements=(Placement.GPU,) * 13 + (Placement.DISK,) * 27,
+        slots=2,
+    )
+    cpu = machine("cpu", 32)
+
+    def time_s(factor: float) -> float:
+        now = getattr(cpu, rate)
+        faster = {name: factor * each for name, each in now.items()} if isinstance(now, dict) else int(factor * now)
+        return stage_cost(stage, spec(DEV), work(DEV), replace(cpu, **{rate: faster})).time_s
+
+    assert time_s(3) <= time_s(1.3) <= time_s(1)
 
 
 def test_the_cache_and_lm_head_are_counted() -> None:
