@@ -98,6 +98,10 @@ def pictures_of(image: object) -> list[tuple[str, Image.Image]]:
         if isinstance(one, str | Path):
             found.append((str(one), open_picture(Path(one))))
         elif isinstance(one, Image.Image):
+            try:
+                one.load()  # one that was opened is not read before it is needed
+            except (OSError, ValueError, AssertionError) as error:  # the last of one that is closed
+                raise UsageError(f"{name}: cannot read it: {str(error) or 'its file is closed'}") from None
             found.append((name, as_rgb(one, name)))
         elif isinstance(one, np.ndarray):
             found.append((name, as_rgb(_from_array(one, name), name)))

@@ -321,6 +321,19 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
         open_picture(path)
 
 
+def test_a_picture_that_cannot_be_read_any_more_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(path)
+    with Image.open(path) as closed:
+        pass
+    path.write_bytes(path.read_bytes()[:500])
+    with Image.open(path) as truncated:
+        for unread in (closed, truncated):
+            with pytest.raises(UsageError, match="reference image 1: cannot read it"):
+                pictures_of(unread)
+
+
 def test_a_file_that_is_another_one_by_now_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.png", picture(96, 64))
     (planned,) = references_of([str(path)], 16)
