@@ -22,7 +22,8 @@ class StepHook:
 
     Args:
         tensor_inputs: of ``latents``, packed (images, tokens, channels), and ``prompt_embeds``, (images, tokens,
-            joint_dim) on the host. Either may be replaced, or changed in place.
+            joint_dim) on the host. Either may be replaced, or changed in place; latents go on in the run's own dtype,
+            on its device, whatever they are replaced by.
     """
 
     callback: StepCallback
@@ -73,7 +74,7 @@ class StepHook:
                 raise UsageError(f"the step callback gave {name} that are a {type(tensor).__name__}: give a tensor")
             if tuple(tensor.shape) != wanted:
                 raise UsageError(f"the step callback gave {name} of the shape {tuple(tensor.shape)}, not {wanted}")
-        return latents, embeds
+        return latents.to(tensors["latents"]), embeds
 
 
 def _nothing(*_: object) -> None:

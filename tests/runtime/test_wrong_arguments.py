@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,19 @@ def test_values_of_another_kind_are_refused(tiny_klein: Path, monkeypatch: pytes
 def test_what_a_callback_may_not_return(returned: Any, said: str, tiny_klein: Path) -> None:
     with pytest.raises(UsageError, match=said):
         Engine(str(tiny_klein)).generate("a dog", **ASKED, callback_on_step_end=lambda *_: returned)
+
+
+def test_latents_of_another_dtype_go_on_in_the_runs_own(tiny_dev: Path) -> None:
+    def run(change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        asked = {**ASKED, "output_type": "latent", "seed": 1}
+        engine = Engine(str(tiny_dev), dtype="fp32")
+        made = engine.generate("a dog", **asked, callback_on_step_end=lambda *_: {"latents": change(_[3]["latents"])})
+        found: torch.Tensor = made.images
+        return found
+
+    rounded = run(torch.Tensor.bfloat16)
+    assert rounded.dtype == torch.float32
+    assert torch.equal(rounded, run(lambda latents: latents.bfloat16().float()))
 
 
 def test_what_no_engine_can_be_made_of(tiny_klein: Path) -> None:
