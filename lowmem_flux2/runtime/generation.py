@@ -24,7 +24,7 @@ from lowmem_flux2.runtime.device import torch_device
 from lowmem_flux2.runtime.download import with_whole_text_encoder
 from lowmem_flux2.runtime.executor import Executor
 from lowmem_flux2.runtime.images import OutputType, images_of
-from lowmem_flux2.runtime.inputs import Inputs
+from lowmem_flux2.runtime.inputs import UNDENOISED, Inputs
 from lowmem_flux2.runtime.interrupted_file import InterruptedRun, check_interrupted, interrupted_run
 from lowmem_flux2.runtime.interruption import Interruption
 from lowmem_flux2.runtime.latents_file import LatentImage, SavedLatents, check_latents, saved_latents
@@ -132,6 +132,9 @@ def carry_out(job: GenerationJob, source: ModelSource, running: Running, observe
         device = torch_device(running.device)
         cache = PromptCache.of(source, plan, device, running.cache, running.prompt_cache_bytes, event)
         plan, inputs = with_known_prompts(cache, source, plan, job.request, inputs)
+    guidance, denoises = job.request.guidance_scale, inputs.packed is None and inputs.result not in UNDENOISED
+    if denoises and source.spec.is_distilled and guidance not in (1, source.spec.defaults.guidance_scale):
+        event(f"guidance {guidance:g} has no effect on {source.spec.name}: it is distilled")
     for lora in () if job.resumed is not None else job.request.loras:
         if (left_out := read_adapter(lora, source.spec).warning) is not None:
             event(left_out)

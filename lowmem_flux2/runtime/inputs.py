@@ -22,6 +22,7 @@ from lowmem_flux2.runtime.step_hook import StepHook
 OnPicture = Callable[[int, torch.Tensor, Plan], None]
 OnBatch = Callable[[int, torch.Tensor, Plan], None]
 Wanted = Literal["pictures", "vae_latents", "packed_latents", "embeddings", "prompts"]
+UNDENOISED: tuple[Wanted, ...] = ("embeddings", "prompts")
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,6 +90,15 @@ def test_latents_of_another_dtype_go_on_in_the_runs_own(tiny_dev: Path) -> None:
     assert torch.equal(rounded, run(lambda latents: latents.bfloat16().float()))
 
 
+@pytest.mark.parametrize("form", ["distilled", "klein"])
+def test_guidance_that_has_no_effect_is_said_once(form: str, folders: dict[str, Path]) -> None:
+    engine = Engine(str(folders[form]), dtype="fp32", batch_size=1)
+    asked = {**ASKED, "output_type": "latent", "num_images_per_prompt": 2}
+    events = engine.generate("a dog", **asked, guidance_scale=4.0).report.events
+    assert len([event for event in events if "guidance 4 has no effect" in event]) == (form == "distilled")
+    assert not engine.generate("a dog", **asked).report.events
+
+
 def test_what_no_engine_can_be_made_of(tiny_klein: Path) -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"model": None}, "model: give a name"),
