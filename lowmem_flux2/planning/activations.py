@@ -19,8 +19,7 @@ from lowmem_flux2.planning.adapters import once_bytes, product_bytes
 from lowmem_flux2.planning.chunks import chunk_bounds, largest_chunk
 from lowmem_flux2.planning.formats import WeightFormat
 from lowmem_flux2.planning.models import ModelSpec
-from lowmem_flux2.planning.reference_keys import BLENDED_WIDTHS, kept_keys_bytes
-from lowmem_flux2.planning.reference_keys import MODULATION_WIDTHS as RESTING_WIDTHS
+from lowmem_flux2.planning.reference_keys import BLENDED_WIDTHS, RESTING_WIDTHS, kept_keys_bytes
 from lowmem_flux2.planning.tiles import tile_starts
 from lowmem_flux2.planning.vae_spec import VaeSpec
 from lowmem_flux2.planning.workload import Workload

@@ -10,7 +10,7 @@ from __future__ import annotations
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.workload import Workload
 
-MODULATION_WIDTHS = 9
+RESTING_WIDTHS = 9
 """Hidden sizes kept of timestep 0: 2 x 3 modulations of a double-stream block's image, 3 of a single-stream block."""
 BLENDED_WIDTHS = 3
 """Hidden sizes a token has of its own modulation while a single-stream block of the first step runs; twice as many in a

@@ -71,10 +71,12 @@ class AttachedAdapters:
     def attached(self, net: nn.Module, wanted: Callable[[str], bool]) -> Iterator[None]:
         """Those of some Linears for a while, whatever else is attached."""
         before = len(self._handles)
-        self.attach(net, wanted)
-        yield
-        while len(self._handles) > before:
-            self._handles.pop().remove()
+        try:
+            self.attach(net, wanted)
+            yield
+        finally:
+            while len(self._handles) > before:
+                self._handles.pop().remove()
 
     def detach(self) -> None:
         """Take all of them off; their memory is free after that."""

@@ -33,12 +33,14 @@ class Cut:
     repeats: tuple[int, ...]
 
 
-def cut_transformer(folder: Path, model: ModelSpec, stage: StagePlan, into: Path) -> Cut:
-    """Keep two blocks of each kind, one of each placement, and as many streamed ones as there are slots."""
+def cut_transformer(folder: Path, model: ModelSpec, stage: StagePlan, into: Path) -> Cut | None:
+    """Keep two blocks of each kind, one of each placement, and as many streamed ones as there are slots.
+
+    None in ``MIXED``, where it depends on how many blocks there are in how many bits each rests.
+    """
     placed = stage.block_placements
-    if stage.weight_format == MIXED:  # which blocks rest in how many bits depends on how many there are
-        _copy_configs(folder, into, "transformer", {}, nested=None)
-        return Cut(into, model, stage, (1,) * len(placed))
+    if stage.weight_format == MIXED:
+        return None
     doubles = model.transformer.num_double
     kept, repeats = [], []
     for kind in (placed[:doubles], placed[doubles:]):

@@ -14,7 +14,13 @@ from torch import nn
 
 from lowmem_flux2.errors import NonFiniteLatents
 from lowmem_flux2.runtime.chunking import Chunks, double_block, single_block
-from lowmem_flux2.runtime.reference_keys import KeptLayer, ReferenceKeys, attention_arguments, modulation_of
+from lowmem_flux2.runtime.reference_keys import (
+    KeptLayer,
+    Modulation,
+    ReferenceKeys,
+    attention_arguments,
+    modulation_of,
+)
 from lowmem_flux2.runtime.step_cache import Residuals
 from lowmem_flux2.runtime.streaming import BlockStreamer
 
@@ -99,9 +105,9 @@ class Forward:
             for one in passes:
                 layer = None if keys is None else keys.layer(index, one.text.shape[1])
                 if index < doubles:
-                    self._double(block, one, conditioning, layer, fills)
+                    self._double(block, one, conditioning, layer)
                 else:
-                    self._single(block, one, conditioning, layer, fills, first=index == doubles)
+                    self._single(block, one, conditioning, layer, first=index == doubles)
                 if watch is not None:
                     watch(index, one)
             if index > 0 or residuals is None:
@@ -130,16 +136,11 @@ class Forward:
         is_joint = index >= len(self._transformer.transformer_blocks)
         return one.hidden[:, (one.text.shape[1] if is_joint else 0) + references :]
 
-    def _double(
-        self,
-        block: nn.Module,
-        one: Pass,
-        conditioning: StepConditioning,
-        layer: KeptLayer | None,
-        fills: ReferenceKeys | None,
-    ) -> None:
-        image = conditioning.double_image if fills is None else fills.of_image(conditioning.double_image)
-        rope = one.rope if fills is None else fills.rope
+    def _double(self, block: nn.Module, one: Pass, conditioning: StepConditioning, layer: KeptLayer | None) -> None:
+        image: Modulation = conditioning.double_image
+        rope = one.rope
+        if layer is not None and layer.is_filling:
+            image, rope = layer.keys.of_image(conditioning.double_image), layer.keys.rope
         if self.chunks is not None:
             one.encoder_hidden, one.hidden = double_block(
                 block, one.hidden, one.encoder_hidden, image, conditioning.double_text, rope, self.chunks, layer
@@ -155,16 +156,12 @@ class Forward:
         )
 
     def _single(
-        self,
-        block: nn.Module,
-        one: Pass,
-        conditioning: StepConditioning,
-        layer: KeptLayer | None,
-        fills: ReferenceKeys | None,
-        first: bool,
+        self, block: nn.Module, one: Pass, conditioning: StepConditioning, layer: KeptLayer | None, *, first: bool
     ) -> None:
-        modulation = conditioning.single if fills is None else fills.of_all(conditioning.single, one.text.shape[1])
-        rope = one.rope if fills is None else fills.rope
+        modulation: Modulation = conditioning.single
+        rope = one.rope
+        if layer is not None and layer.is_filling:
+            modulation, rope = layer.keys.of_all(conditioning.single, layer.text), layer.keys.rope
         if first:
             one.hidden = torch.cat([one.encoder_hidden, one.hidden], dim=1)
             one.encoder_hidden = one.text

@@ -51,13 +51,17 @@ def modulation_of(modulation: Modulation, first: int, last: int) -> torch.Tensor
 
 @dataclass(frozen=True, slots=True)
 class KeptLayer:
-    """What attention of one block needs: the references follow ``text`` tokens, and are among those that it is given
+    """What one block needs: the references follow ``text`` tokens, and are among those that it is given
     (``is_filling``), or kept."""
 
+    keys: ReferenceKeys
     kept: Flux2KVLayerCache
     text: int
-    count: int
     is_filling: bool
+
+    @property
+    def count(self) -> int:
+        return self.keys.tokens
 
     def arguments(self, is_joint: bool) -> dict[str, Any]:
         """As diffusers' processors take them; a single-stream block is not given its text apart."""
@@ -103,7 +107,7 @@ class ReferenceKeys:
     def layer(self, index: int, text: int) -> KeptLayer:
         """Of the block with this number, double-stream ones first."""
         kept = (*self._kept.double_block_caches, *self._kept.single_block_caches)[index]
-        return KeptLayer(kept, text, self.tokens, not self.are_there)
+        return KeptLayer(self, kept, text, not self.are_there)
 
 
 def keep_references(transformer: Flux2Transformer2DModel) -> None:

@@ -25,8 +25,9 @@ from typing import Any
 import torch
 
 from lowmem_flux2.errors import CheckpointBroken, UsageError
-from lowmem_flux2.planning.formats import FORMATS, MIXED
+from lowmem_flux2.planning.formats import FORMATS
 from lowmem_flux2.planning.plan import WHOLE_TEXT_ENCODER
+from lowmem_flux2.planning.support import LIBRARY_OF
 from lowmem_flux2.planning.weight_files import component_headers, no_tensor
 from lowmem_flux2.runtime.blockfile import StoredBlock, block_path
 from lowmem_flux2.runtime.cache import MANIFEST, EntryDamaged, entry_folder
@@ -36,7 +37,7 @@ from lowmem_flux2.runtime.layout import BlockSource, Layout, allocate, layout_of
 
 SCHEMA = 3
 """Raised whenever the stored bytes of any format change, or what is kept about them."""
-LIBRARIES = {"nf4": "bitsandbytes", MIXED: "bitsandbytes"}
+LIBRARIES = {name: library for name, library in LIBRARY_OF.items() if FORMATS[name].is_prepared}
 """The library whose version decides a format's bytes; the others are torch arithmetic of ours, covered by SCHEMA."""
 SAMPLES, SAMPLE_BYTES = 16, 4096
 """Pieces of each source file that go into the fingerprint, first and last included."""

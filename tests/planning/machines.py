@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
+from typing import get_args
 
 from lowmem_flux2.planning.configs import spec_from_configs
 from lowmem_flux2.planning.formats import PLAIN_FORMATS
@@ -15,15 +16,17 @@ from lowmem_flux2.planning.references import Reference
 from lowmem_flux2.planning.selection import Selection, with_ram_for
 from lowmem_flux2.planning.sources import shipped_configs
 from lowmem_flux2.planning.support import EVERYTHING, Support
-from lowmem_flux2.planning.workload import Workload, make_request, workload_of
+from lowmem_flux2.planning.workload import Preference, Workload, make_request, workload_of
 from lowmem_flux2.units import GIB
 
 DEV, KLEIN_4B, KLEIN_9B = MODELS = ("flux2-dev", "flux2-klein-4b", "flux2-klein-9b")
 KLEIN_BASE = "flux2-klein-base-4b"
 SUPPORTED = EVERYTHING
 """This version with every library: what is planned here must not depend on what is installed."""
+PREFERENCES: tuple[Preference, ...] = get_args(Preference)
 UNQUANTIZED = replace(SUPPORTED, weight_formats=frozenset(PLAIN_FORMATS))
 """A version that runs no quantized format."""
+plan_supported = partial(make_plan, support=SUPPORTED)
 
 
 @cache

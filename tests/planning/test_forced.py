@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from machines import (
@@ -12,10 +11,12 @@ from machines import (
     KLEIN_4B,
     KLEIN_9B,
     MODELS,
+    PREFERENCES,
     SUPPORTED,
     UNQUANTIZED,
     machine,
     plan_for,
+    plan_supported,
     spec,
     work,
 )
@@ -24,14 +25,10 @@ from lowmem_flux2.errors import DoesNotFit, UsageError
 from lowmem_flux2.planning.formats import PLAIN_FORMATS
 from lowmem_flux2.planning.plan import Placement
 from lowmem_flux2.planning.planner import limits_of
-from lowmem_flux2.planning.planner import make_plan as plan_with_support
 from lowmem_flux2.planning.selection import Selection, with_ram_for
 from lowmem_flux2.planning.support import EVERYTHING
 from lowmem_flux2.planning.workload import Preference
 from lowmem_flux2.units import GIB, MIB
-
-PREFERENCES: tuple[Preference, ...] = get_args(Preference)
-make_plan = partial(plan_with_support, support=SUPPORTED)
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
@@ -47,7 +44,7 @@ def test_an_unquantized_weight_format_is_honoured_with_its_compute_dtype(name: s
         assert {stage.weight_format for stage in plain.stages} == {name}
 
 
-@pytest.mark.parametrize("name", ["int8", "w8a8", "int6", "fp8", "nf4", "int4"])
+@pytest.mark.parametrize("name", ["int8", "w8a8", "int6", "fp8", "nf4", "nf4-mixed", "int4"])
 def test_a_quantized_weight_format_is_honoured_and_runs_with_its_library(name: str) -> None:
     for selection, stage in (
         (Selection(weight_format=name), "denoise"),
@@ -113,7 +110,7 @@ def test_all_resident_is_honoured_or_does_not_fit() -> None:
 def test_pinning_more_than_may_be_pinned_does_not_fit() -> None:
     hardware = replace(machine("rtx-3060-12gb", 128), pinnable_bytes=8 * GIB)
     with pytest.raises(DoesNotFit) as caught:
-        make_plan(spec(DEV), work(DEV), hardware, Selection(placement="pinned", weight_format="bf16"), profile="x")
+        plan_supported(spec(DEV), work(DEV), hardware, Selection(placement="pinned", weight_format="bf16"), profile="x")
     assert caught.value.resource == "pinnable ram"
     assert caught.value.needed_bytes > caught.value.available_bytes == 8 * GIB
 
@@ -176,7 +173,7 @@ def test_a_ram_cap_is_kept_and_is_exact(cap_mib: int) -> None:
     assert limits.ram_bytes == cap_mib * MIB
     assert limits_of(hardware, Selection()).ram_bytes >= cap_mib * MIB
     try:
-        plan = make_plan(spec(DEV), work(DEV), hardware, selection, profile="x")
+        plan = plan_supported(spec(DEV), work(DEV), hardware, selection, profile="x")
     except DoesNotFit as error:
         assert (error.resource, error.available_bytes) == ("ram", cap_mib * MIB)
     else:
@@ -232,7 +229,7 @@ def test_turing_never_gets_bf16(prefer: Preference) -> None:
 def test_a_cpu_without_bf16_units_computes_in_fp32() -> None:
     hardware = machine("cpu", 64)
     rates = {kind: rate for kind, rate in hardware.matmul_flops_per_s.items() if kind != "bf16"}
-    plan = make_plan(
+    plan = plan_supported(
         spec(KLEIN_4B), work(KLEIN_4B), replace(hardware, matmul_flops_per_s=rates), Selection(), profile="cpu"
     )
     assert {stage.compute_dtype for stage in plan.stages} == {"fp32"}

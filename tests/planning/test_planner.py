@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from itertools import product
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from everything import everything
@@ -17,10 +16,12 @@ from machines import (
     KLEIN_9B,
     KLEIN_BASE,
     MODELS,
+    PREFERENCES,
     SUPPORTED,
     UNQUANTIZED,
     machine,
     plan_for,
+    plan_supported,
     spec,
     work,
 )
@@ -32,16 +33,13 @@ from lowmem_flux2.planning.hardware import list_profiles
 from lowmem_flux2.planning.models import ModelSpec
 from lowmem_flux2.planning.objective import Objective, effort_of, time_then_effort_of
 from lowmem_flux2.planning.plan import STAGES, Limits, Placement, Plan, StagePlan
-from lowmem_flux2.planning.planner import limits_of
-from lowmem_flux2.planning.planner import make_plan as plan_with_support
+from lowmem_flux2.planning.planner import limits_of, make_plan
 from lowmem_flux2.planning.selection import Selection, with_ram_for
 from lowmem_flux2.planning.stage_work import block_sizes
 from lowmem_flux2.planning.support import EVERYTHING
 from lowmem_flux2.planning.workload import Preference
 from lowmem_flux2.units import GIB, MIB
 
-PREFERENCES: tuple[Preference, ...] = get_args(Preference)
-make_plan = partial(plan_with_support, support=SUPPORTED)
 SMALL_AND_LARGE = ("rtx-2060-6gb", "rtx-3060-12gb", "rtx-4090-24gb", "h100-80gb", "cpu")
 
 
@@ -65,7 +63,7 @@ def test_every_profile_plans_within_its_limits_or_says_what_is_short(profile: st
             selection = Selection(max_ram_bytes=None if ram_gib is None else ram_gib * GIB)
             limits = limits_of(hardware, selection)
             try:
-                plan = make_plan(spec(name), work(name, px), hardware, selection, profile=profile)
+                plan = plan_supported(spec(name), work(name, px), hardware, selection, profile=profile)
             except DoesNotFit as error:
                 assert error.needed_bytes > error.available_bytes
                 continue
@@ -91,7 +89,7 @@ def test_a_6_gb_turing_card_runs_dev_in_fp16() -> None:
 
 
 def test_a_large_card_holds_klein_whole_for_many_steps() -> None:
-    stage = make_plan(
+    stage = plan_supported(
         spec(KLEIN_4B), work(KLEIN_4B, steps=50), machine("h100-80gb"), Selection(), profile="h100-80gb"
     ).stage("denoise")
     assert stage.streamed == stage.slots == stage.prefetch_depth == 0
@@ -126,7 +124,7 @@ def test_no_run_of_all_that_fit_is_rated_better(profile: str, vram_mib: int, ram
     hardware = replace(machine(profile), matmul_flops_per_s=dict.fromkeys(("fp32", "bf16", "int8"), 4e12))
     support = replace(EVERYTHING, weight_formats=frozenset({"bf16", "int8", "nf4"}))
     selection = Selection(prefer=prefer, max_vram_bytes=vram_mib * MIB, max_ram_bytes=ram_mib * MIB)
-    plan = plan_with_support(model, workload, hardware, selection, profile=profile, support=support)
+    plan = make_plan(model, workload, hardware, selection, profile=profile, support=support)
     job = Job(model, workload, hardware, selection, limits_of(hardware, selection), support)
     every = {
         "encode": list(everything(job, "encode")),
@@ -241,7 +239,7 @@ def test_a_better_machine_never_gives_a_worse_plan(
         pageable = min(hardware.h2d_pageable_bytes_per_s, hardware.h2d_pinned_bytes_per_s)
         hardware = replace(hardware, h2d_pageable_bytes_per_s=pageable)
         selection = Selection(prefer=prefer, max_vram_bytes=vram, max_ram_bytes=ram)
-        plan = plan_with_support(model, workload, hardware, selection, profile=profile, support=EVERYTHING)
+        plan = make_plan(model, workload, hardware, selection, profile=profile, support=EVERYTHING)
         return Objective(prefer, model, hardware).rating(plan.stages)
 
     try:
@@ -278,7 +276,7 @@ def test_a_model_with_a_single_block_is_planned_on_any_machine() -> None:
     model = spec(KLEIN_4B)
     tiny = replace(model, transformer=replace(model.transformer, num_double=1, num_single=0))
     for profile in SMALL_AND_LARGE:
-        plan = make_plan(tiny, work(KLEIN_4B, 512), machine(profile), Selection(prefer="memory"), profile=profile)
+        plan = plan_supported(tiny, work(KLEIN_4B, 512), machine(profile), Selection(prefer="memory"), profile=profile)
         assert len(plan.stage("denoise").block_placements) == 1
 
 

@@ -19,6 +19,7 @@ from diffusers.models.transformers.transformer_flux2 import (
     Flux2TimestepGuidanceEmbeddings,
 )
 from PIL import Image
+from test_recovery import Failing
 from typer.testing import CliRunner
 
 from lowmem_flux2 import Engine
@@ -284,17 +285,10 @@ def test_a_callback_may_change_the_text(
     expected = stock(form, "fp32")(**asked, generator=seeded(1)[0]).images
     engine = Engine(str(folders[form]), dtype="fp32", batch_size=1)
     assert torch.equal(engine.generate(**asked, generator=seeded(1)[0]).images, expected)
-    calls, predict = [], Forward.predict
-
-    def failing(*given: Any, **named: Any) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) == 4:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return predict(*given, **named)
-
-    monkeypatch.setattr(Forward, "predict", failing)
+    failing = Failing(Forward.predict, 3)
+    monkeypatch.setattr(Forward, "predict", failing.patched())
     made = engine.generate(**asked, generator=seeded(1)[0])
-    assert torch.equal(made.images, expected) and len(calls) == 5
+    assert torch.equal(made.images, expected) and failing.calls == 5
 
 
 @pytest.mark.parametrize("form", FORMS)
