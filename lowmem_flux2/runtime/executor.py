@@ -44,11 +44,10 @@ from lowmem_flux2.runtime.interruption import Interruption
 from lowmem_flux2.runtime.observer import Observer
 from lowmem_flux2.runtime.recovery import (
     Begun,
-    Exhausted,
     begun_images,
     begun_prompts,
+    failure_of,
     last_rung,
-    out_of_memory,
     rung_words,
     with_format_change,
 )
@@ -326,7 +325,16 @@ class Executor:
             RunError: out of memory on the last rung.
         """
         with self._measured(name, total) as loaded:
-            while (failure := self._failure(name, lambda: attempt(self._plan.stage(name), loaded))) is not None:
+
+            def mend(damage: EntryDamaged) -> None:
+                if self._mend is None:
+                    raise damage
+                self._mend(self._plan.stage(name), damage)
+
+            def tried() -> None:
+                attempt(self._plan.stage(name), loaded)
+
+            while (failure := failure_of(tried, mend, self._device)) is not None:
                 release_memory(self._device, after_failure=True)
                 lower = self._replan(self._plan, name, failure.resource)
                 if lower is None:
@@ -334,19 +342,6 @@ class Executor:
                 words = rung_words(self._plan.stage(name), lower.stage(name))
                 self._event(f"{name}: {failure.what} ({failure.details}); going on with {words}")
                 self._plan = with_format_change(self._plan, lower, name, begun())
-
-    def _failure(self, name: Stage, attempt: Callable[[], None]) -> Exhausted | None:
-        """Try it, again with each damaged entry of the store mended that it comes upon."""
-        while True:
-            try:
-                return out_of_memory(attempt)
-            except EntryDamaged as error:
-                if self._mend is None:
-                    raise
-                damage = error.with_traceback(None)  # which holds tensors
-                damage.__cause__ = damage.__context__ = None
-            release_memory(self._device, after_failure=True)
-            self._mend(self._plan.stage(name), damage)
 
     # ------------------------------------------------------------------------------------------------ measuring
 

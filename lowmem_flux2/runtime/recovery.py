@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
+import torch
+
 from lowmem_flux2.planning.batches import Batch, negatives_of, prompt_batches
 from lowmem_flux2.planning.ladder import Resource
 from lowmem_flux2.planning.plan import FormatChange, Placement, Plan, Stage, StagePlan
 from lowmem_flux2.planning.workload import Request
-from lowmem_flux2.runtime.device import exhausted
+from lowmem_flux2.runtime.cache import EntryDamaged
+from lowmem_flux2.runtime.device import exhausted, release_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,20 @@ def out_of_memory(attempt: Callable[[], None]) -> Exhausted | None:
         text = str(error).rpartition("DefaultCPUAllocator: ")[2]
         return Exhausted(resource, text.partition(". ")[0].partition("\n")[0] or "no details")
     return None
+
+
+def failure_of(
+    attempt: Callable[[], None], mend: Callable[[EntryDamaged], None], device: torch.device
+) -> Exhausted | None:
+    """``out_of_memory``, tried again with each damaged entry of the store mended that it comes upon."""
+    while True:
+        try:
+            return out_of_memory(attempt)
+        except EntryDamaged as error:
+            damage = error.with_traceback(None)  # which holds tensors
+            damage.__cause__ = damage.__context__ = None
+        release_memory(device, after_failure=True)
+        mend(damage)
 
 
 @dataclass(frozen=True, slots=True)
