@@ -60,21 +60,19 @@ def cut_transformer(folder: Path, model: ModelSpec, stage: StagePlan, into: Path
 
 
 def cut_text_encoder(folder: Path, model: ModelSpec, stage: StagePlan, into: Path) -> Cut | None:
-    """Keep two layers before each tap, and as ``cut_transformer`` of placements. None where nothing would be left out.
+    """Keep a layer before each tap, two before the last, and as ``cut_transformer`` of placements.
 
-    The number of layers between two taps decides nothing else: states tapped so far, and one hidden state.
+    None where nothing would be left out. The number of layers between two taps decides nothing else: states tapped so
+    far, most before the last tap, and one hidden state, which in a row's first layer is the tapped one.
     """
     dims = model.text_encoder
     taps = len(dims.out_layers)
-    least = len(_chosen(stage.block_placements, stage.slots, taps * REPEATS_RUN)[0])
-    per_tap = -(-least // taps)
-    count = taps * per_tap
+    chosen, repeats = _chosen(stage.block_placements, stage.slots, taps - 1 + REPEATS_RUN)
     gaps = [after - before for before, after in zip((0, *dims.out_layers), dims.out_layers, strict=False)]
-    if count >= dims.layers_used or min(gaps) < REPEATS_RUN:
+    if len(chosen) >= dims.layers_used or gaps[-1] < REPEATS_RUN or min(gaps) < 1:
         return None
-    chosen, repeats = _chosen(stage.block_placements, stage.slots, count)
-    layers = count + (1 if dims.num_layers > dims.layers_used else 0)
-    cut = replace(dims, num_layers=layers, out_layers=tuple(per_tap * (tap + 1) for tap in range(taps)))
+    layers = len(chosen) + (1 if dims.num_layers > dims.layers_used else 0)
+    cut = replace(dims, num_layers=layers, out_layers=(*range(1, taps), len(chosen)))
     _copy_configs(folder, into, "text_encoder", {"num_hidden_layers": layers}, nested="text_config")
     return Cut(
         into,

@@ -94,6 +94,8 @@ class Progress:
 class Denoiser:
     """The transformer of one checkpoint, its blocks placed by the plan."""
 
+    forward_type: type[Forward] = Forward
+
     def __init__(
         self,
         folder: Path,
@@ -115,7 +117,7 @@ class Denoiser:
         if model.caches_references:
             keep_references(self._transformer)
         self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-        self._forward = Forward(
+        self._forward = self.forward_type(
             self._transformer,
             self._dtype,
             device,

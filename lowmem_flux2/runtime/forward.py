@@ -104,10 +104,13 @@ class Forward:
         for index, block in enumerate(streamer.round()):
             for one in passes:
                 layer = None if keys is None else keys.layer(index, one.text.shape[1])
+                if index == doubles:
+                    one.hidden = torch.cat([one.encoder_hidden, one.hidden], dim=1)
+                    one.encoder_hidden = one.text
                 if index < doubles:
                     self._double(block, one, conditioning, layer)
                 else:
-                    self._single(block, one, conditioning, layer, first=index == doubles)
+                    self._single(block, one, conditioning, layer)
                 if watch is not None:
                     watch(index, one)
             if index > 0 or residuals is None:
@@ -155,16 +158,11 @@ class Forward:
             **attention_arguments(layer, is_joint=False),
         )
 
-    def _single(
-        self, block: nn.Module, one: Pass, conditioning: StepConditioning, layer: KeptLayer | None, *, first: bool
-    ) -> None:
+    def _single(self, block: nn.Module, one: Pass, conditioning: StepConditioning, layer: KeptLayer | None) -> None:
         modulation: Modulation = conditioning.single
         rope = one.rope
         if layer is not None and layer.is_filling:
             modulation, rope = layer.keys.of_all(conditioning.single, layer.text), layer.keys.rope
-        if first:
-            one.hidden = torch.cat([one.encoder_hidden, one.hidden], dim=1)
-            one.encoder_hidden = one.text
         if self.chunks is not None:
             one.hidden = single_block(block, one.hidden, modulation, rope, self.chunks, layer)
             return

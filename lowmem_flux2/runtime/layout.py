@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,10 +25,10 @@ class TensorPlace:
     dtype: torch.dtype
 
     def view(self, span: torch.Tensor) -> torch.Tensor:
-        count = self.dtype.itemsize
-        for side in self.shape:
-            count *= side
-        return span[self.offset : self.offset + count].view(self.dtype).view(self.shape)
+        elements = span.view(self.dtype)
+        strides = [math.prod(self.shape[after:]) for after in range(1, len(self.shape) + 1)]
+        start = elements.storage_offset() + self.offset // self.dtype.itemsize
+        return elements.as_strided(self.shape, strides, start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +70,9 @@ def allocate(size_bytes: int, device: torch.device) -> torch.Tensor:
     return raw[skip : skip + size_bytes]
 
 
-def bind(module: nn.Module, layout: Layout, span: torch.Tensor) -> None:
-    """Make the module's parameters and buffers views of the span."""
+def bind(module: nn.Module, layout: Layout, span: torch.Tensor) -> list[torch.Tensor]:
+    """Make the module's parameters and buffers views of the span, and return these, a place each."""
+    views = []
     for place in layout.places:
         owner_name, _, leaf = place.name.rpartition(".")
         owner = module.get_submodule(owner_name)
@@ -79,6 +81,8 @@ def bind(module: nn.Module, layout: Layout, span: torch.Tensor) -> None:
             owner._parameters[leaf] = nn.Parameter(view, requires_grad=False)
         else:
             owner._buffers[leaf] = view
+        views.append(view)
+    return views
 
 
 def unbind(module: nn.Module) -> None:
@@ -122,13 +126,12 @@ def load_module(
     layout = layout_of(module, prefix, dtype)
     host = torch.device("cpu")
     span = allocate(layout.total_bytes, device)
-    if device == host:
-        CheckpointBlock(layout, files).read_into(span)
-    else:
-        for place in layout.places:  # tensor by tensor: the host never holds the whole component
+    for place, view in zip(layout.places, bind(module, layout, span), strict=True):
+        if device == host:
+            files.read_into(place.stored_name, view)
+        else:  # tensor by tensor: the host never holds the whole component
             staging = torch.empty(place.shape, dtype=place.dtype)
             files.read_into(place.stored_name, staging)
-            place.view(span).copy_(staging)
+            view.copy_(staging)
             del staging  # before the next one is made
-    bind(module, layout, span)
     return span
