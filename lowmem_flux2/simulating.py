@@ -96,12 +96,13 @@ def simulated_bytes(stage: SimulatedStage) -> Bytes:
 
 
 def predicted_bytes(cost: StageCost) -> Bytes:
-    """Without what no tensor holds: margin, context, libraries, and the buffer that reads are converted in.
+    """Without what no tensor holds: workspaces, margin, context, libraries, and what reads are converted in.
 
     On ``device=cpu`` a stage's inputs and results count as activations: there is one memory.
     """
     if cost.on_host:
-        left = cost.peak_ram_bytes - cost.process_bytes - READ_BUFFER_BYTES - cost.margin_bytes
+        beside = cost.process_bytes + READ_BUFFER_BYTES + cost.workspace_bytes + cost.margin_bytes
+        left = cost.peak_ram_bytes - beside
         return Bytes(cost.resident_bytes, cost.slot_bytes, left - cost.resident_bytes - cost.slot_bytes, 0)
     host = cost.peak_ram_bytes - cost.process_bytes - READ_BUFFER_BYTES
     return Bytes(cost.resident_bytes, cost.slot_bytes, cost.activation_bytes, host)

@@ -268,45 +268,67 @@ def decoder_channels(vae: VaeSpec) -> tuple[int, ...]:
     return tuple(reversed(vae.decoder_block_out_channels or vae.block_out_channels))
 
 
-def _decoder_elements(vae: VaeSpec, width: int, height: int) -> int:
+def _convolved(copies: float, given: int, made: int) -> float:
+    """Elements that a convolution's kernel holds: of what it is given one copy, then of what it makes."""
+    return min(copies, 1) * given + max(copies - 1, 0) * made
+
+
+def _decoder_elements(vae: VaeSpec, width: int, height: int, copies: float) -> int:
     """Peak elements of decoding one tile, or picture, of ``width x height`` pixels.
 
     In an up-block's first resnet its input, its norm and its non-linearity live together, 3 x channels in; where
     channels change, at its end the input, its projection, the branch, their sum and the scaled sum. The widest is the
     last block (256 channels at full resolution: 1536 of the 1539 MiB at 1024 px). In its upsampler the interpolated
     picture and the convolved one, four times larger, beside the small one. And the latents after post_quant_conv.
+
+    Where kernels make ``copies``, a convolution is the peak: what it is given and makes, and a block's input, which its
+    caller still has.
     """
     channels = decoder_channels(vae)
-    peak = 0
+    peak = 0.0
     for level, channels_out in enumerate(channels):
         channels_in = channels[max(level - 1, 0)]
         shrink = 2 ** (len(channels) - 1 - level)
         pixels = (width // shrink) * (height // shrink)
-        resnet = max(3 * channels_in, channels_in + 4 * channels_out, 4 * channels_out)
-        upsampler = 9 * channels_out if level < len(channels) - 1 else 0
+        resnet: float = max(3 * channels_in, channels_in + 4 * channels_out, 4 * channels_out)
+        upsampler: float = 9 * channels_out if level < len(channels) - 1 else 0
+        if copies:
+            first = 2 * channels_in + channels_out + _convolved(copies, channels_in, channels_out)
+            later = channels_in + 3 * channels_out + _convolved(copies, channels_out, channels_out)
+            resnet = max(resnet, first, later)
+            if upsampler:
+                upsampler += channels_in + _convolved(copies, 4 * channels_out, 4 * channels_out)
         peak = max(peak, pixels * max(resnet, upsampler))
-    return peak + vae.latent_channels * (width // vae.spatial_factor) * (height // vae.spatial_factor)
+    return round(peak) + vae.latent_channels * (width // vae.spatial_factor) * (height // vae.spatial_factor)
 
 
-def _encoder_elements(vae: VaeSpec, width: int, height: int) -> int:
+def _encoder_elements(vae: VaeSpec, width: int, height: int, copies: float) -> int:
     """Peak elements of encoding one tile, or picture, of ``width x height`` pixels; the picture itself apart.
 
     The levels of ``_decoder_elements`` from the picture down to the latents. While a level's later resnet ends, the
     level's input is still there. The downsampler pads its input to a copy of it.
     """
     widths = vae.block_out_channels
-    peak = 0
+    peak = 0.0
     for level, channels_out in enumerate(widths):
         channels_in = widths[max(level - 1, 0)]
         pixels = (width >> level) * (height >> level)
-        peak = max(peak, pixels * max(3 * channels_in, channels_in + 4 * channels_out))
-    return peak
+        resnet: float = max(3 * channels_in, channels_in + 4 * channels_out)
+        if copies:
+            first = 2 * channels_in + channels_out + _convolved(copies, channels_in, channels_out)
+            later = channels_in + 3 * channels_out + _convolved(copies, channels_out, channels_out)
+            resnet = max(resnet, first, later)
+        peak = max(peak, pixels * resnet)
+    return round(peak)
 
 
-def reference_activation_bytes(vae: VaeSpec, sizes: Sequence[tuple[int, int]], tile_px: int, dtype_bytes: int) -> int:
+def reference_activation_bytes(
+    vae: VaeSpec, sizes: Sequence[tuple[int, int]], tile_px: int, dtype_bytes: int, copies: float = 0
+) -> int:
     """Peak of encoding pictures of these (width, height), one after another, each moved off the device before the next.
 
-    Tiled, the moments of all finished tiles lie there, at 1/8 of the side: little beside the tile that is encoded.
+    ``copies`` as in ``decode_activation_bytes``. Tiled, the moments of all finished tiles lie there, at 1/8 of the
+    side: little beside the tile that is encoded.
     """
     peak = 0
     for width, height in sizes:
@@ -316,7 +338,7 @@ def reference_activation_bytes(vae: VaeSpec, sizes: Sequence[tuple[int, int]], t
             tile_w, tile_h = min(width, tile_px), min(height, tile_px)
             down, across = (sum(length for _, length in tile_starts(side, tile_px)) for side in (height, width))
             finished = 2 * vae.latent_channels * down * across
-        peak = max(peak, picture + finished + _encoder_elements(vae, tile_w, tile_h))
+        peak = max(peak, picture + finished + _encoder_elements(vae, tile_w, tile_h, copies))
     return peak * dtype_bytes
 
 
@@ -331,8 +353,11 @@ def reference_host_bytes(vae: VaeSpec, workload: Workload, dtype_bytes: int, on_
     return sum(values) + max(2 * (latents + ids), latents + max(values) * FP32_BYTES)
 
 
-def decode_activation_bytes(vae: VaeSpec, workload: Workload, tile_px: int, dtype_bytes: int) -> int:
+def decode_activation_bytes(vae: VaeSpec, workload: Workload, tile_px: int, dtype_bytes: int, copies: float = 0) -> int:
     """Peak of decoding all images, one after another.
+
+    Args:
+        copies: with what kernels of convolutions hold: ``Hardware.convolution_copies``; 0 for tensors alone.
 
     All latents are unpacked first: packed, scaled, and unpatchified copies live together. Then they lie there.
 
@@ -343,7 +368,7 @@ def decode_activation_bytes(vae: VaeSpec, workload: Workload, tile_px: int, dtyp
     width, height = workload.width, workload.height
     latents = workload.num_images * workload.image_tokens * vae.packed_channels
     if not tile_px:
-        return max(_decoder_elements(vae, width, height) + latents, 3 * latents) * dtype_bytes
+        return max(_decoder_elements(vae, width, height, copies) + latents, 3 * latents) * dtype_bytes
     down, across = (
         [length * vae.spatial_factor for _, length in tile_starts(side, tile_px)] for side in (height, width)
     )
@@ -353,7 +378,7 @@ def decode_activation_bytes(vae: VaeSpec, workload: Workload, tile_px: int, dtyp
         for tile_w in set(across):
             column = len(across) - 1 - across[::-1].index(tile_w)
             finished = sum(down[:row]) * sum(across) + tile_h * sum(across[:column])
-            peak = max(peak, _decoder_elements(vae, tile_w, tile_h) + vae.out_channels * finished)
+            peak = max(peak, _decoder_elements(vae, tile_w, tile_h, copies) + vae.out_channels * finished)
     stitching = vae.out_channels * (sum(down) * sum(across) + 2 * width * height)
     return max(max(peak, stitching) + latents, 3 * latents) * dtype_bytes
 

@@ -28,7 +28,8 @@ Parts = Sequence[tuple[str, str, int]]
 def device_parts(stage: StagePlan) -> Parts:
     """The compute device's memory by kind. On a CPU it is RAM, and begins with the libraries."""
     cost = stage.cost
-    held = (cost.resident_bytes, cost.slot_bytes, cost.activation_bytes, cost.margin_bytes)
+    live = cost.activation_bytes + cost.workspace_bytes
+    held = (cost.resident_bytes, cost.slot_bytes, live, cost.margin_bytes)
     first = cost.peak_ram_bytes - sum(held) if cost.on_host else cost.context_bytes
     kinds = (("libraries", "░"), *DEVICE_KINDS[1:]) if cost.on_host else DEVICE_KINDS
     return [(kind, mark, size) for (kind, mark), size in zip(kinds, (first, *held), strict=True)]

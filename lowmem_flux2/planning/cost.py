@@ -41,6 +41,7 @@ class DeviceBytes(NamedTuple):
     resident: int
     slots: int
     activation: int
+    workspace: int
     margin: int
 
 
@@ -50,18 +51,21 @@ def device_bytes(work: StageWork, gpu: int, slots: int) -> DeviceBytes:
     resident = gpu + work.kept_bytes
     activation = max(work.activation_bytes, work.once_bytes - resident - slots)
     weights = resident + slots + activation - work.activation_bytes
-    return DeviceBytes(resident, slots, activation, margin_bytes(work.overhead_bytes, work.activation_bytes, weights))
+    margin = margin_bytes(work.overhead_bytes, work.activation_bytes, weights)
+    return DeviceBytes(resident, slots, activation, work.workspace_bytes, margin)
 
 
 def device_total_bytes(work: StageWork, weights: int) -> int:
     """``sum(device_bytes)`` of resident blocks and slots of so many bytes together: which of both does not matter."""
     weights = max(weights + work.kept_bytes, work.once_bytes - work.activation_bytes)
-    return weights + work.activation_bytes + margin_bytes(work.overhead_bytes, work.activation_bytes, weights)
+    live = work.activation_bytes + work.workspace_bytes
+    return weights + live + margin_bytes(work.overhead_bytes, work.activation_bytes, weights)
 
 
 def device_room_bytes(work: StageWork, most_bytes: int) -> int:
     """The most bytes of resident blocks and slots whose ``device_total_bytes`` is no more; negative where none are."""
-    left = most_bytes - work.activation_bytes - margin_bytes(work.overhead_bytes, work.activation_bytes, 0)
+    live = work.activation_bytes + work.workspace_bytes
+    left = most_bytes - live - margin_bytes(work.overhead_bytes, work.activation_bytes, 0)
     weights = left * 100 // 101
     while weights + 1 + (weights + 1) // 100 <= left:
         weights += 1
@@ -131,6 +135,7 @@ def stage_cost(stage: StagePlan, model: ModelSpec, workload: Workload, hardware:
         resident_bytes=device.resident,
         slot_bytes=device.slots,
         activation_bytes=device.activation,
+        workspace_bytes=device.workspace,
         margin_bytes=device.margin,
         context_bytes=0 if on_host else hardware.context_bytes,
         host_pinned_bytes=tiers.pinned + pinned_ring,

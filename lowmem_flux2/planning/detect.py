@@ -17,7 +17,15 @@ from pathlib import Path
 
 from lowmem_flux2.errors import ProfileError, UsageError
 from lowmem_flux2.folders import cache_folder
-from lowmem_flux2.planning.hardware import CLASS_NEEDS, Hardware, Profile, list_profiles, load_profile, read_profile
+from lowmem_flux2.planning.hardware import (
+    CLASS_NEEDS,
+    Hardware,
+    Profile,
+    list_profiles,
+    load_profile,
+    read_profile,
+    with_value,
+)
 from lowmem_flux2.planning.identity import Identity, compute_threads, cpu_model, hashed_uuid
 from lowmem_flux2.planning.nvml import NvmlCard, read_nvml, visible_cards
 from lowmem_flux2.units import GIB, MIB, format_bytes
@@ -27,6 +35,7 @@ PCIE4_X16_BYTES_PER_S = 25e9  # pinned copies in practice; each generation doubl
 PAGEABLE_SHARE, PAGEABLE_MOST_BYTES_PER_S = 0.4, 9e9  # of the pinned rate; the staging copy in host memory caps it
 LOCK_LIMIT_DEFAULT_SHARE = 0.13  # systemd's and distributions' default RLIMIT_MEMLOCK: 8 MiB or an eighth of RAM
 BF16_CPU_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+AMX_CONVOLUTION_COPIES = 2.0
 CGROUP_MOUNT = Path("/sys/fs/cgroup")
 PROC_CGROUP = Path("/proc/self/cgroup")
 
@@ -281,6 +290,9 @@ def _cpu(host: Host, *, calibrated: bool) -> Hardware:
     if measured is not None:
         return _in_host(measured.hardware, host)
     found = _in_host(load_profile("cpu"), host)
+    if "amx_bf16" in host.cpu_flags:
+        how = "oneDNN's AMX kernels lay out anew what a convolution makes, too (torch 2.13, bf16 and fp16, 2026-11-27)"
+        found = with_value(found, "convolution_copies", AMX_CONVOLUTION_COPIES, how)
     if host.cpu_flags & BF16_CPU_FLAGS:
         return found
     rates = {kind: rate for kind, rate in found.matmul_flops_per_s.items() if kind != "bf16"}

@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 CONVOLUTION_SHARE = 0.5
+CONVOLUTION_COPIES = 2.0
 LAYER_OVERHEADS = 1.0
 LOAD_SHARE = 1.0
 STAGE_SETUP_S = 0.02
@@ -52,6 +53,8 @@ ALLOCATOR_OVERHEAD_BYTES = 64 * MIB
 MEMORY_BYTES_PER_S = 144e9
 ASSUMED: Mapping[str, str] = {
     "convolution_share": "assumption, to be calibrated",
+    "convolution_copies": "assumption, to be calibrated: tensor cores take channels last (NVIDIA, Convolutional Layers "
+    "User's Guide, 'Tensor Layouts in Memory'), and are given the other layout",
     "layer_overheads": "assumption, to be calibrated: a layer has as many launches as a block",
     "load_share": "assumption, to be calibrated: loading reads as fast as the disk",
     "stage_setup_s": "15 to 30 ms measured for the model shapes on a 2-core AMD EPYC, 2026-11-23",
@@ -89,6 +92,8 @@ class Hardware:
         block_overhead_s: host and launch overhead of a transformer block in one pass; matters for tiny models only.
         provenance: field (``matmul_flops_per_s.bf16`` for a class) -> where the number is from.
         convolution_share: what the VAE's decoder reaches of the matmul rate of its compute dtype.
+        convolution_copies: tensors that a convolution's kernel holds besides, in 16 bits: what it is given, laid out
+            anew (1), and what it makes (2).
         layer_overheads: overhead of a text encoder layer in one pass, in block overheads.
         load_share: what loading weights (through the page cache, converted) reaches of the disk's read rate.
         stage_setup_s: reading configs and building a stage's modules, before any weight is read.
@@ -119,6 +124,7 @@ class Hardware:
     block_overhead_s: float
     provenance: Mapping[str, str]
     convolution_share: float = CONVOLUTION_SHARE
+    convolution_copies: float = CONVOLUTION_COPIES
     layer_overheads: float = LAYER_OVERHEADS
     load_share: float = LOAD_SHARE
     stage_setup_s: float = STAGE_SETUP_S
@@ -184,6 +190,7 @@ _FIELD_KEYS = {
 }
 _OPTIONAL_KEYS = {
     "convolution_share": "compute.convolution_share",
+    "convolution_copies": "compute.convolution_copies",
     "layer_overheads": "compute.layer_overheads",
     "load_share": "disk.load_share",
     "stage_setup_s": "compute.stage_setup_ms",
@@ -332,6 +339,7 @@ def profile_text(hardware: Hardware, title: str, identity: Identity) -> str:
             "attention_fraction": 1.0,
             "block_overhead_us": hardware.block_overhead_s * 1e6,
             "convolution_share": hardware.convolution_share,
+            "convolution_copies": hardware.convolution_copies,
             "layer_overheads": hardware.layer_overheads,
             "stage_setup_ms": hardware.stage_setup_s * 1e3,
             "first_pass_ms": hardware.first_pass_s * 1e3,

@@ -101,6 +101,7 @@ class ComputeTable(_Table):
     attention_fraction: Fraction
     block_overhead_us: Annotated[float, Field(gt=0, le=1e6, strict=True)]
     convolution_share: Ratio | None = None
+    convolution_copies: Annotated[float, Field(ge=0, le=100, strict=True)] | None = None
     layer_overheads: Ratio | None = None
     stage_setup_ms: Milliseconds | None = None
     first_pass_ms: Milliseconds | None = None

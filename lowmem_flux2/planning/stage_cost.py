@@ -16,15 +16,17 @@ class StageCost:
     pageable arena (``host_pageable_bytes``), what loading passes through, the stage's results, and on ``device=cpu``
     the resident weights, slots and activations too.
     ``activation_bytes`` includes the format's transient, and the conditioning weights where they need more than what
-    comes after them. ``time_s`` is ``load_s + run_s``, from a cold page cache. While the stage runs, three lanes work,
-    at the same time where they can: ``compute_s``, ``copy_s`` (streamed blocks to the device) and ``read_s`` (streamed
-    blocks from disk). ``expand_s`` is the part of ``compute_s`` that expands quantized weights; ``waiting_s`` is the
-    part of ``run_s`` that computes nothing; ``rounds`` are the passes over the blocks.
+    comes after them; ``workspace_bytes`` is what kernels hold at the peak beside tensors. ``time_s`` is ``load_s +
+    run_s``, from a cold page cache. While the stage runs, three lanes work, at the same time where they can:
+    ``compute_s``, ``copy_s`` (streamed blocks to the device) and ``read_s`` (streamed blocks from disk). ``expand_s``
+    is the part of ``compute_s`` that expands quantized weights; ``waiting_s`` is the part of ``run_s`` that computes
+    nothing; ``rounds`` are the passes over the blocks.
     """
 
     resident_bytes: int = 0
     slot_bytes: int = 0
     activation_bytes: int = 0
+    workspace_bytes: int = 0
     margin_bytes: int = 0
     context_bytes: int = 0
     host_pinned_bytes: int = 0
@@ -62,7 +64,8 @@ class StageCost:
         """Device memory of our process, CUDA context included; 0 on ``device=cpu``."""
         if self.on_host:
             return 0
-        return self.context_bytes + self.resident_bytes + self.slot_bytes + self.activation_bytes + self.margin_bytes
+        weights = self.resident_bytes + self.slot_bytes
+        return self.context_bytes + weights + self.activation_bytes + self.workspace_bytes + self.margin_bytes
 
     @property
     def peak_ram_bytes(self) -> int:

@@ -68,10 +68,10 @@ REFERENCE_ID_BYTES = 4 * 8
 
 
 HEAPS_BYTES = 128 * MIB
-"""On a CPU, at most so much freed memory lies between pieces that stay. glibc keeps freed pieces of up to 32 MiB in its
-heaps (mallopt(3), M_MMAP_THRESHOLD), so activations come to lie beside what earlier ones left: 82 MiB in denoising and
-140 in decoding 256x256 with klein-4b, nothing at 512x512, whose tensors are larger (measured 2026-11-26). Returning all
-pieces from 1 MiB at once would spare that, and made a block's forward take 17 % longer."""
+"""On a CPU, about so much freed memory lies between pieces that stay: glibc keeps freed pieces under 8 MiB in its heaps
+(``runtime.device.KEPT_PIECE_BYTES``), so activations come to lie beside what earlier ones left. With klein-4b's
+shapes 98 to 125 MiB at 256x256, 144 to 167 at 512x512, 80 to 95 at 1024x1024 in denoising, 28 to 92 in decoding
+(measured 2026-11-27 on a Xeon with AMX, whose matmuls lay some MiB out anew: they are in these)."""
 
 
 class _BeforeWeights(TypedDict):
@@ -95,6 +95,7 @@ class StageWork:
         overhead_bytes: device memory beyond tensors.
         kept_bytes: non-block weights that stay on the device for the whole stage.
         activation_bytes: with the weights of a quantized format that are expanded at the peak.
+        workspace_bytes: by which kernels' own memory makes the peak higher.
         once_bytes: weights and tensors that live on the device before any block is loaded, and are dropped again.
         passing_bytes: RAM that is needed while neither arenas nor results are there: embedders pass through it, or the
             joined results come to lie there.
@@ -114,6 +115,7 @@ class StageWork:
     overhead_bytes: int
     kept_bytes: int
     activation_bytes: int
+    workspace_bytes: int = 0
     expand_ns: int = 0
     once_bytes: int = 0
     passing_bytes: int = 0
@@ -274,6 +276,12 @@ def _upsample_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardw
     )
 
 
+def convolution_copies(stage: StagePlan, hardware: Hardware) -> float:
+    """Of an fp32 convolution oneDNN copies what it is given alone; what TF32 kernels do is not known."""
+    is_plain = hardware.device == "cpu" and stage.compute_dtype == "fp32"
+    return min(hardware.convolution_copies, 1) if is_plain else hardware.convolution_copies
+
+
 def _of_layers(stage: StagePlan) -> WeightFormat:
     """A text encoder's layers have 4 bits in nf4-mixed, all of them."""
     return FORMATS["nf4" if stage.weight_format == MIXED else stage.weight_format]
@@ -334,6 +342,8 @@ def _reference_work(stage: StagePlan, model: ModelSpec, workload: Workload, hard
     )
     rate = hardware.convolution_share * compute_rate(hardware, stage.compute_dtype)
     count = len(workload.references)
+    asked = (vae, workload.references, stage.tile_px, dtype_bytes)
+    activations = reference_activation_bytes(*asked)
     return StageWork(
         block_bytes=(),
         compute_ns=(),
@@ -342,7 +352,8 @@ def _reference_work(stage: StagePlan, model: ModelSpec, workload: Workload, hard
         **before_weights(hardware),
         kept_bytes=fmt.plain_bytes(vae.encoder_weights, dtype_bytes),
         passing_bytes=fmt.plain_bytes(vae.largest_encoder_weights, dtype_bytes),
-        activation_bytes=reference_activation_bytes(vae, workload.references, stage.tile_px, dtype_bytes),
+        activation_bytes=activations,
+        workspace_bytes=reference_activation_bytes(*asked, convolution_copies(stage, hardware)) - activations,
         result_bytes=reference_host_bytes(vae, workload, dtype_bytes, hardware.device == "cpu"),
         other_file_bytes=vae_file_bytes(model, vae.encoder_weights),
     )
@@ -354,7 +365,8 @@ def _decode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
     flops *= tiled_pixels_ratio(workload.width, workload.height, stage.tile_px)
     rate = hardware.convolution_share * compute_rate(hardware, stage.compute_dtype)
     picture = vae.out_channels * workload.width * workload.height * dtype_bytes
-    activations = decode_activation_bytes(vae, workload, stage.tile_px, dtype_bytes)
+    asked = (vae, workload, stage.tile_px, dtype_bytes)
+    activations = decode_activation_bytes(*asked)
     host = decode_host_bytes(vae, workload, dtype_bytes)
     if hardware.device == "cpu":  # where pictures are joined after the last is decoded
         latents = workload.num_images * workload.image_tokens * vae.packed_channels * dtype_bytes
@@ -367,6 +379,7 @@ def _decode_work(stage: StagePlan, model: ModelSpec, workload: Workload, hardwar
         **before_weights(hardware),
         kept_bytes=fmt.plain_bytes(vae.decoder_weights, dtype_bytes),
         activation_bytes=activations,
+        workspace_bytes=decode_activation_bytes(*asked, convolution_copies(stage, hardware)) - activations,
         result_bytes=host,
         other_file_bytes=vae_file_bytes(model, vae.decoder_weights),
     )

@@ -144,6 +144,7 @@ class Calibrator:
             _Step("expanding weights", 4, lambda: measurements.expansions(bench)),
             _Step("a whole block", 4, lambda: self._block(bench)),
             _Step("the VAE's decoder", 6, lambda: self._decode(bench)),
+            _Step("a convolution's copies", 1, lambda: [measurements.convolution_copies(bench)]),
             _Step("copies", 3, lambda: transfers.copies(bench)),
             _Step("disk", 6, lambda: transfers.disk(bench, self._folder)),
         ]

@@ -19,6 +19,7 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKLFlux2
 from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 
 from lowmem_flux2.planning.expansion import TRAFFIC, expanded_bytes
 from lowmem_flux2.planning.formats import DTYPE_BYTES, FORMATS, GGUF, MIXED
@@ -41,6 +42,8 @@ REPEATS = 9
 VAE_OF = "flux2-klein-4b"
 """Every FLUX.2 model has the same VAE."""
 PX_STEP, PX_CPU, PX_CUDA = 64, 256, 1024
+COPIES_CHANNELS, COPIES_PX = 128, 256
+"""Of the decoder's last level, at a size whose tensors outweigh the kernel's fixed buffers."""
 GGUF_KIND = "Q4_K"
 """The type of a GGUF file whose traffic planning takes for all."""
 
@@ -283,6 +286,37 @@ def decode(bench: Bench) -> Decoded:
     if px <= PX_STEP:
         return Decoded(bench.dtype, PX_STEP, small)
     return Decoded(bench.dtype, px, bench.time(work(px), share=0.75))
+
+
+def convolution_copies(bench: Bench) -> Reading:
+    """What the kernel of a 3x3 convolution holds beside its tensors, in tensors of its size."""
+    dtype, side = DTYPES[bench.dtype], COPIES_PX
+    picture = torch.randn(1, COPIES_CHANNELS, side, side, device=bench.device).to(dtype)
+    weight = torch.randn(COPIES_CHANNELS, COPIES_CHANNELS, 3, 3, device=bench.device).to(dtype)
+    convolve = partial(functional.conv2d, picture, weight, padding=1)
+    convolve()  # libraries set themselves up
+    made = picture.numel() * picture.element_size()
+    copies = max(_peak_bytes(convolve, bench.device) / made - 1, 0)
+    how = f"3x3, {COPIES_CHANNELS} channels at {side} px in {bench.dtype}: what was allocated at the peak"
+    return Reading("convolution_copies", round(copies, 2), how)
+
+
+def _peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """The most that lay allocated at a time beyond what did before, kernels' own memory included."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    results = profiled.profiler.kineto_results if profiled.profiler else None
+    now = most = 0
+    for event in sorted(results.events() if results else (), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
 
 
 def _fill_with_noise(module: torch.nn.Module) -> None:

@@ -288,7 +288,7 @@ def test_memory_is_given_as_the_reason_when_it_was_asked_for() -> None:
 
 
 def test_tiles_say_what_the_whole_picture_would_need() -> None:
-    assert "untiled 6" in reasons(plan_for(KLEIN_4B, "rtx-2060-6gb", 64, px=2048), "decode")
+    assert "untiled 10" in reasons(plan_for(KLEIN_4B, "rtx-2060-6gb", 64, px=2048), "decode")
     assert "asked for" in reasons(plan_for(KLEIN_4B, "rtx-3060-12gb", selection=Selection(vae_tile="512")), "decode")
     assert "untiled" in reasons(plan_for(KLEIN_4B, "rtx-3060-12gb"), "decode")
 

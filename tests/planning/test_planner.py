@@ -163,7 +163,7 @@ def test_each_preference_is_best_at_what_it_prefers(name: str, profile: str) -> 
 
 
 def test_memory_gives_nothing_up_where_the_run_needs_more_anyway() -> None:
-    plan = plan_for(DEV, "rtx-3060-12gb", 32, selection=Selection(prefer="memory"))
+    plan = plan_for(DEV, "rtx-3060-12gb", 32, px=768, selection=Selection(prefer="memory"))
     assert plan.stage("decode").tile_px == 0
     assert plan.stage("denoise").count(Placement.GPU) == 0
 

@@ -1,4 +1,7 @@
-"""Chunks of tokens give the bits of whole sequences on a CPU, in every dtype, format and placement."""
+"""Chunks of tokens give the bits of whole sequences on a CPU, in every dtype, format and placement.
+
+Not so in bf16 with AMX, whose matmuls round one element in some thousands otherwise with another number of rows.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,13 @@ def drawn(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
     return lambda *shape: torch.randn(*shape, generator=generator).to(dtype)
 
 
+def are_same(expected: torch.Tensor, made: torch.Tensor) -> bool:
+    """To the bit, or where AMX rounds, within the step from one bf16 number to the next in few of many elements."""
+    if expected.dtype is torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16"):
+        return bool((expected - made).norm() <= 1e-4 * expected.norm())
+    return torch.equal(expected, made)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("batch", "image", "text"), [(1, 256, 64), (1, 300, 77), (2, 192, 128), (3, 150, 16), (1, 40, 8)]
@@ -48,9 +58,9 @@ def test_a_blocks_chunks_are_bit_equal_to_diffusers_own_forward(dtype: str, batc
     before = hidden.clone(), encoded.clone()
     expected = double(hidden, encoded, modulations[0], modulations[1], rope)
     made = double_block(double, hidden, encoded, modulations[0], modulations[1], rope, CHUNKS)
-    assert [torch.equal(*pair) for pair in zip(expected, made, strict=True)] == [True, True]
+    assert [are_same(*pair) for pair in zip(expected, made, strict=True)] == [True, True]
     joint = torch.cat(expected, dim=1)
-    assert torch.equal(
+    assert are_same(
         single(joint, None, modulations[2], rope), single_block(single, joint, modulations[2], rope, CHUNKS)
     )
     assert torch.equal(hidden, before[0])  # what went in may be another pass's too
@@ -122,8 +132,8 @@ def test_a_chunked_run_gives_the_same_latents(
             engine.generate("a red circle", **asked, plan=each).images
             for each in (plan, chunked(plan), chunked(plan, tuple(Placement)))
         )
-    assert torch.equal(expected, made)
-    assert torch.equal(expected, streamed)
+    assert are_same(expected, made)
+    assert torch.equal(made, streamed)
 
 
 def test_the_ladder_takes_chunks_when_no_block_is_left_to_stream(

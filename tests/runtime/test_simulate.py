@@ -207,9 +207,12 @@ def test_simulated_bytes_equal_those_of_a_real_run(
         assert stage.device_bytes - inputs_bytes(plan, source, stage.stage) == real.peak_bytes(stage.stage), stage
 
 
-@pytest.mark.parametrize(("dtype", "scratch"), [(torch.float32, 0.0), (torch.bfloat16, 0.03)])
-def test_live_bytes_are_what_the_allocator_hands_out(dtype: torch.dtype, scratch: float) -> None:
-    """torch's profiler sees every allocation on the CPU, kernels' own too: bf16 matmuls and attention take some."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_live_bytes_are_what_the_allocator_hands_out(dtype: torch.dtype) -> None:
+    """torch's profiler sees every allocation on the CPU, kernels' own too: bf16 matmuls and attention take some.
+
+    With AMX, a matmul of this size lays its weight out anew.
+    """
     heads, tokens = 4, 512
     width = heads * 128
     block = Flux2SingleTransformerBlock(width, heads, 128, mlp_ratio=3.0).to(dtype).eval()
@@ -230,7 +233,9 @@ def test_live_bytes_are_what_the_allocator_hands_out(dtype: torch.dtype, scratch
     for event in sorted(records, key=lambda event: event.start_ns()):
         now += event.nbytes()
         most = max(most, now)
-    assert live.peak_bytes["cpu"] <= most <= (1 + scratch) * live.peak_bytes["cpu"]
+    weight = block.attn.to_out.weight.numel() * dtype.itemsize
+    scratch = 0 if dtype is torch.float32 else 0.03 * live.peak_bytes["cpu"] + weight
+    assert live.peak_bytes["cpu"] <= most <= live.peak_bytes["cpu"] + scratch
     # Input, norm, projection 9, query, key, result, gate and product 3, side by side 4; the input was there before.
     assert live.peak_bytes["cpu"] == 20 * tokens * width * dtype.itemsize
 
