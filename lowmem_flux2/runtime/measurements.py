@@ -296,12 +296,12 @@ def convolution_copies(bench: Bench) -> Reading:
     convolve = partial(functional.conv2d, picture, weight, padding=1)
     convolve()  # libraries set themselves up
     made = picture.numel() * picture.element_size()
-    copies = max(_peak_bytes(convolve, bench.device) / made - 1, 0)
+    copies = max(peak_bytes(convolve, bench.device) / made - 1, 0)
     how = f"3x3, {COPIES_CHANNELS} channels at {side} px in {bench.dtype}: what was allocated at the peak"
     return Reading("convolution_copies", round(copies, 2), how)
 
 
-def _peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     """The most that lay allocated at a time beyond what did before, kernels' own memory included."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -96,6 +96,15 @@ def test_a_small_decoder_is_counted_by_its_own_channels() -> None:
     assert flops.decode_flops(small, 1024, 1024) < flops.decode_flops(vae, 1024, 1024)
 
 
+def test_what_convolutions_hold_is_counted() -> None:
+    """At 1024 px in bf16 with AMX, the peak RSS of the decoder alone was 2461 MiB, some of it in glibc's heaps."""
+    vae, one = spec(DEV).vae, work(DEV)
+    tensors, given, both = (decode_activation_bytes(vae, one, 0, BF16, copies) / MIB for copies in (0, 1, 2))
+    assert (tensors, given, both) == pytest.approx((1538, 1922, 2434), abs=1)
+    for tile in TILE_SIDES_PX:
+        assert decode_activation_bytes(vae, one, tile, BF16) < decode_activation_bytes(vae, one, tile, BF16, 1)
+
+
 @given(SIDES, SIDES, st.sampled_from(TILE_SIDES_PX), st.integers(1, 50))
 def test_tiles_never_need_more_than_their_picture_and_stitching(
     width: int, height: int, tile: int, images: int

@@ -148,7 +148,9 @@ def test_without_a_gpu() -> None:
     assert "matmul_flops_per_s.bf16" not in found.provenance
     for flag in ("avx512_bf16", "amx_bf16"):
         fast = dataclasses.replace(HOST, cpu_flags=frozenset({flag}))
-        assert "bf16" in detect("cpu", cards=[CARD], host=fast).matmul_flops_per_s
+        found = detect("cpu", cards=[CARD], host=fast)
+        assert "bf16" in found.matmul_flops_per_s
+        assert found.convolution_copies == (2 if flag == "amx_bf16" else 1)
     with pytest.raises(UsageError, match=r"no NVIDIA GPU was found.*lowmem-flux2 doctor"):
         detect("cuda", cards=[], host=HOST)
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKLFlux2
 
 from lowmem_flux2.calibrating import combined
 from lowmem_flux2.errors import RunError
+from lowmem_flux2.planning.activations import decode_activation_bytes
 from lowmem_flux2.planning.detect import detect
 from lowmem_flux2.planning.expansion import TRAFFIC
 from lowmem_flux2.planning.hardware import Hardware, value_of
+from lowmem_flux2.planning.sources import resolve_model, shipped_configs
+from lowmem_flux2.planning.workload import make_request, workload_of
 from lowmem_flux2.runtime import measurements, transfers
 from lowmem_flux2.runtime.calibrate import Calibrator, Measured
+from lowmem_flux2.runtime.device import DTYPES
 from lowmem_flux2.runtime.measurements import Bench, Reading, hidden_size
 
 CPU = torch.device("cpu")
@@ -64,6 +70,24 @@ def test_a_calibration_measures_everything(small: None, assumed: Hardware, tmp_p
         if "embedded" in found.provenance[field]
     ]
     assert moved, "the embedded model told nothing"
+
+
+@torch.no_grad()
+def test_what_convolutions_hold_is_measured_and_is_what_the_decoder_takes(assumed: Hardware) -> None:
+    """The full-size decoder at 192 px: every allocation that torch's profiler sees, kernels' own too."""
+    dtype = "bf16" if "bf16" in assumed.matmul_flops_per_s else "fp32"  # elsewhere bf16 is only emulated
+    copies = measurements.convolution_copies(Bench(CPU, dtype, 256)).value
+    assert 0.9 < copies < 2.1
+    side = 192
+    config = dict(shipped_configs("flux2-klein-4b")["vae"])
+    decoder = AutoencoderKLFlux2.from_config(config).decoder.to(DTYPES[dtype]).eval()
+    latents = torch.randn(1, 32, side // 8, side // 8).to(DTYPES[dtype])
+    peak = measurements.peak_bytes(partial(decoder, latents), CPU)
+    spec = resolve_model("flux2-klein-4b").spec
+    request = make_request(spec, ("x",), width=side, height=side)
+    workload = workload_of(request, spec)
+    predicted = decode_activation_bytes(spec.vae, workload, 0, DTYPES[dtype].itemsize, copies)
+    assert predicted == pytest.approx(peak, rel=0.06)
 
 
 def test_rates_are_of_the_right_size(assumed: Hardware) -> None:

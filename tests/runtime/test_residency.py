@@ -141,6 +141,37 @@ def test_memory_is_given_back_after_each_run(large: Path, tiny_klein: Path) -> N
     assert after[-1] - after[0] < 4 * MIB  # nor does it grow from run to run
 
 
+PIECES = """
+import sys
+
+import psutil, torch
+from lowmem_flux2.runtime.device import torch_device
+
+if sys.argv[1] == "cpu":
+    torch_device("cpu")
+rss = psutil.Process().memory_info().rss
+pieces, between = [], []
+for number in range(40):  # once the first, which is mapped, is freed, glibc takes all that follow from its heap
+    pieces.append(torch.ones(20 << 20, dtype=torch.uint8))
+    between.append(torch.ones(1 << 17, dtype=torch.uint8))
+    if number == 0:
+        pieces.clear()
+pieces.clear()
+print(psutil.Process().memory_info().rss - rss)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc is told so")
+def test_large_pieces_go_back_at_once_on_a_cpu() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    kept = [
+        int(subprocess.check_output([sys.executable, "-c", PIECES, device], text=True, timeout=120, env=environment))
+        for device in ("cpu", "none")
+    ]
+    assert kept[0] < 40 * MIB
+    assert kept[1] > 500 * MIB
+
+
 PRESSED = """
 import json, resource, sys, threading
 import torch
