@@ -133,18 +133,21 @@ class Calibrator:
         return self._measured
 
     def _steps(self, bench: Bench, card: NvmlCard | None) -> list[_Step]:
-        """In order: the embedded model first, while kernels are cold; the context last, when all have been loaded."""
+        """In order: the embedded model first, while kernels are cold; the context last, when all have been loaded.
+
+        What convolutions hold comes early: it counts peaks anew, and the allocator's is of all that follows.
+        """
         main, rates = bench.dtype, self._hardware.matmul_flops_per_s
         others = [kind for kind in rates if kind != main]
         steps = [
             _Step("the embedded model", 8, lambda: self._embedded(bench)),
+            _Step("a convolution's copies", 1, lambda: [measurements.convolution_copies(bench)]),
             *(_Step(f"matmul {kind}", 5 if kind == main else 3, _matmul(bench, kind)) for kind in (main, *others)),
             _Step("attention", 3, lambda: [measurements.attention(bench)]),
             _Step("memory", 1, lambda: [measurements.memory(bench)]),
             _Step("expanding weights", 4, lambda: measurements.expansions(bench)),
             _Step("a whole block", 4, lambda: self._block(bench)),
             _Step("the VAE's decoder", 6, lambda: self._decode(bench)),
-            _Step("a convolution's copies", 1, lambda: [measurements.convolution_copies(bench)]),
             _Step("copies", 3, lambda: transfers.copies(bench)),
             _Step("disk", 6, lambda: transfers.disk(bench, self._folder)),
         ]
