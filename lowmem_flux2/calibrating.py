@@ -185,7 +185,7 @@ _OF_A_GPU = frozenset(
 
 def quantity(field: str, value: float) -> str:
     """A number of ``Hardware`` for people, by the unit in its name."""
-    if field.endswith("_bytes_per_s"):
+    if field.partition(".")[0].endswith("_bytes_per_s"):
         return rate_text(value)
     if "_flops_per_s" in field:
         return f"{value / 1e12:.3g} TFLOP/s"

@@ -12,6 +12,7 @@ from statistics import median
 import pytest
 from command_line import Run, runner
 
+from lowmem_flux2.calibrating import quantity
 from lowmem_flux2.planning.detect import calibration_path, detect, identify
 from lowmem_flux2.planning.fit import accuracy, fit
 from lowmem_flux2.planning.hardware import check_profile
@@ -67,6 +68,20 @@ def test_calibrate_writes_a_profile_that_auto_finds(run: Run) -> None:
     again = run("calibrate", "--device", "cpu", "--seconds", "2")
     assert again.code == 2
     assert "--force" in again.err
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "text"),
+    [
+        ("expand_bytes_per_s.int8", 4.3e9, "4.3 GB/s"),
+        ("disk_read_bytes_per_s", 1e9, "1 GB/s"),
+        ("matmul_flops_per_s.bf16", 4.02e11, "0.402 TFLOP/s"),
+        ("stage_setup_s", 0.02, "20 ms"),
+        ("convolution_copies", 2.0, "2"),
+    ],
+)
+def test_every_number_has_its_unit(field: str, value: float, text: str) -> None:
+    assert quantity(field, value) == text
 
 
 @pytest.mark.parametrize(
