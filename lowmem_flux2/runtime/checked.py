@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
@@ -49,8 +50,24 @@ def read_checked(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         FileNotFoundError, OSError: cannot be read.
         Damaged: is not what was written.
     """
-    with path.open("rb"):  # safe_open has errors of its own for what cannot be opened
-        pass
+    while True:
+        with path.open("rb") as held:  # safe_open has errors of its own for what cannot be opened
+            try:
+                return _read_checked(path)
+            except Damaged:
+                if _is_still(path, held):
+                    raise
+        # Another process replaced or dropped it, and safetensors opens a file anew for each tensor: once more.
+
+
+def _is_still(path: Path, held: IO[bytes]) -> bool:
+    try:
+        return os.path.samestat(os.fstat(held.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _read_checked(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             texts: dict[str, str] = dict(file.metadata() or {})

@@ -19,12 +19,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lowmem_flux2 import Engine, Generation
 from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning.batches import waiting_bytes
-from lowmem_flux2.runtime import prompt_cache
+from lowmem_flux2.runtime import checked, prompt_cache
 from lowmem_flux2.runtime.cache import PROMPT_CACHE_BYTES, clear_prompts, prompt_cache_limit, prompt_files
 from lowmem_flux2.runtime.checked import write_checked
 from lowmem_flux2.runtime.checkpoint import TensorFile
@@ -373,7 +374,11 @@ def test_a_full_disk_is_one_warning(tiny_klein: Path, cache: Path, monkeypatch: 
 
 def _hammer(cache: Path, number: int) -> int:
     """Put and get entries in a folder that holds two of them; returns how many gets were hits."""
-    prompts = PromptCache(cache, 250 << 10, "encoder", lambda text: pytest.fail(text))
+
+    def told(text: str) -> None:
+        raise AssertionError(text)  # which a pool hands on; it waits for ever for a worker that pytest.fail has ended
+
+    prompts = PromptCache(cache, 250 << 10, "encoder", told)
     hits = 0
     for turn in range(30):
         batch = (f"prompt {(turn + number) % 4}",)
@@ -383,6 +388,34 @@ def _hammer(cache: Path, number: int) -> int:
             assert torch.equal(found, EMBEDDINGS + (turn + number) % 4)
             hits += 1
     return hits
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_an_entry_that_goes_while_it_is_read_is_no_damage(
+    is_replaced: bool, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process drops it, or puts another in its place, after its header was read."""
+    batch, told = ("a red circle",), list[str]()
+    prompts = PromptCache(cache, 1 << 20, "encoder", told.append)
+    prompts.put(batch, EMBEDDINGS)
+    (entry,) = prompt_files(cache)
+    calls: list[Path] = []
+
+    def opened(path: Path, framework: str) -> Any:
+        calls.append(path)
+        found = safe_open(path, framework=framework)
+        if len(calls) == 1:
+            entry.path.unlink()
+            if is_replaced:
+                prompts.put(batch, EMBEDDINGS)
+                raise RuntimeError("unable to open file: No such file or directory (2)")  # as it was for a moment
+        return found
+
+    monkeypatch.setattr(checked, "safe_open", opened)
+    found = prompts.get(batch)
+    assert told == []
+    assert len(prompt_files(cache)) == is_replaced
+    assert torch.equal(found, EMBEDDINGS) if found is not None else not is_replaced
 
 
 def test_two_processes_share_a_folder(cache: Path) -> None:
