@@ -6,6 +6,7 @@ and fewer repeats, and never hangs in a matmul that was sized for another.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -308,6 +309,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler prints that it starts and stops
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         work()
     results = profiled.profiler.kineto_results if profiled.profiler else None
