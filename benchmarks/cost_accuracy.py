@@ -24,7 +24,7 @@ TOLERANCE = 0.03
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--count", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=20261125)
+    parser.add_argument("--seed", type=int, default=20261127)
     parser.add_argument("--out", type=Path, default=RESULT)
     asked = parser.parse_args()
     errors: dict[str, list[float]] = {}
