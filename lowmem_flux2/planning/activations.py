@@ -273,6 +273,12 @@ def _convolved(copies: float, given: int, made: int) -> float:
     return min(copies, 1) * given + max(copies - 1, 0) * made
 
 
+def _convolving(copies: float, channels_in: int, channels_out: int) -> float:
+    """Channels that live in a level's resnets while they convolve: in the first one, and in a later one."""
+    first = 2 * channels_in + channels_out + _convolved(copies, channels_in, channels_out)
+    return max(first, channels_in + 3 * channels_out + _convolved(copies, channels_out, channels_out))
+
+
 def _decoder_elements(vae: VaeSpec, width: int, height: int, copies: float) -> int:
     """Peak elements of decoding one tile, or picture, of ``width x height`` pixels.
 
@@ -293,9 +299,7 @@ def _decoder_elements(vae: VaeSpec, width: int, height: int, copies: float) -> i
         resnet: float = max(3 * channels_in, channels_in + 4 * channels_out, 4 * channels_out)
         upsampler: float = 9 * channels_out if level < len(channels) - 1 else 0
         if copies:
-            first = 2 * channels_in + channels_out + _convolved(copies, channels_in, channels_out)
-            later = channels_in + 3 * channels_out + _convolved(copies, channels_out, channels_out)
-            resnet = max(resnet, first, later)
+            resnet = max(resnet, _convolving(copies, channels_in, channels_out))
             if upsampler:
                 upsampler += channels_in + _convolved(copies, 4 * channels_out, 4 * channels_out)
         peak = max(peak, pixels * max(resnet, upsampler))
@@ -315,9 +319,7 @@ def _encoder_elements(vae: VaeSpec, width: int, height: int, copies: float) -> i
         pixels = (width >> level) * (height >> level)
         resnet: float = max(3 * channels_in, channels_in + 4 * channels_out)
         if copies:
-            first = 2 * channels_in + channels_out + _convolved(copies, channels_in, channels_out)
-            later = channels_in + 3 * channels_out + _convolved(copies, channels_out, channels_out)
-            resnet = max(resnet, first, later)
+            resnet = max(resnet, _convolving(copies, channels_in, channels_out))
         peak = max(peak, pixels * resnet)
     return round(peak)
 

@@ -35,7 +35,6 @@ PCIE4_X16_BYTES_PER_S = 25e9  # pinned copies in practice; each generation doubl
 PAGEABLE_SHARE, PAGEABLE_MOST_BYTES_PER_S = 0.4, 9e9  # of the pinned rate; the staging copy in host memory caps it
 LOCK_LIMIT_DEFAULT_SHARE = 0.13  # systemd's and distributions' default RLIMIT_MEMLOCK: 8 MiB or an eighth of RAM
 BF16_CPU_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
-AMX_CONVOLUTION_COPIES = 2.0
 CGROUP_MOUNT = Path("/sys/fs/cgroup")
 PROC_CGROUP = Path("/proc/self/cgroup")
 
@@ -292,7 +291,7 @@ def _cpu(host: Host, *, calibrated: bool) -> Hardware:
     found = _in_host(load_profile("cpu"), host)
     if "amx_bf16" in host.cpu_flags:
         how = "oneDNN's AMX kernels lay out anew what a convolution makes, too (torch 2.13, bf16 and fp16, 2026-11-27)"
-        found = with_value(found, "convolution_copies", AMX_CONVOLUTION_COPIES, how)
+        found = with_value(found, "convolution_copies", 2.0, how)
     if host.cpu_flags & BF16_CPU_FLAGS:
         return found
     rates = {kind: rate for kind, rate in found.matmul_flops_per_s.items() if kind != "bf16"}

@@ -115,7 +115,7 @@ def _chunks(chosen: StagePlan, job: Job) -> Iterator[str]:
     if not chosen.cost.on_host:
         yield f"{words}; a GPU may round differently (not measured)"
     elif chosen.compute_dtype == "bf16":
-        yield f"{words}; with AMX bf16 rounds differently, PSNR 56 dB on shapes"
+        yield f"{words}; with AMX bf16 rounds differently, median PSNR 56 dB on shapes"
     else:
         yield words
 

@@ -13,7 +13,6 @@ import tiny
 import torch
 from diffusers import Flux2Transformer2DModel
 from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock
-from torch.profiler import ProfilerActivity, profile
 
 from lowmem_flux2.errors import UsageError
 from lowmem_flux2.planning.formats import PLAIN_FORMATS
@@ -27,6 +26,7 @@ from lowmem_flux2.runtime.checkpoint import TensorFile, Tensors
 from lowmem_flux2.runtime.executor import Executor
 from lowmem_flux2.runtime.inputs import Inputs
 from lowmem_flux2.runtime.live import LiveBytes, rounded
+from lowmem_flux2.runtime.measurements import peak_bytes
 from lowmem_flux2.runtime.observer import Silent
 from lowmem_flux2.runtime.prepare import prepare
 from lowmem_flux2.runtime.simulate import SimulatedStage, simulate_stage
@@ -226,13 +226,7 @@ def test_live_bytes_are_what_the_allocator_hands_out(dtype: torch.dtype) -> None
         block(**arguments)
         with LiveBytes() as live:
             block(**arguments)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            block(**arguments)
-    now = most = 0
-    records = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(records, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
+        most = peak_bytes(lambda: block(**arguments), torch.device("cpu"))
     weight = block.attn.to_out.weight.numel() * dtype.itemsize
     scratch = 0 if dtype is torch.float32 else 0.03 * live.peak_bytes["cpu"] + weight
     assert live.peak_bytes["cpu"] <= most <= live.peak_bytes["cpu"] + scratch
